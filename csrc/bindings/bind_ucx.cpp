@@ -1,0 +1,99 @@
+// The UCX engine. Every method releases the GIL while it is in C++.
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "bindings/bindings.hpp"
+#include "ucx/ucx_engine.hpp"
+
+namespace py = pybind11;
+
+namespace dualpath {
+namespace {
+
+using PutArray = py::array_t<std::uint64_t, py::array::c_style>;
+
+std::uint64_t put(UcxEngine& engine, std::uint64_t peer_id, const PutArray& pieces,
+                  const std::string& notice) {
+    if (pieces.ndim() != 2 || pieces.shape(1) != 3) {
+        throw std::invalid_argument("pieces must have the shape (num_pieces, 3)");
+    }
+    const auto* first = reinterpret_cast<const Piece*>(pieces.data());
+    const auto num_pieces = static_cast<std::size_t>(pieces.shape(0));
+    const py::gil_scoped_release release;
+    return engine.put(peer_id, first, num_pieces, notice);
+}
+
+std::uint64_t connect(UcxEngine& engine, const std::string& host, std::uint16_t port,
+                      const std::string& worker_address, const std::string& remote_key,
+                      std::uint64_t remote_address, std::uint64_t remote_bytes,
+                      bool error_handling) {
+    PeerTarget target{std::nullopt, worker_address, remote_key, error_handling};
+    if (!host.empty()) target.listener = SocketAddress::parse(host, port);
+    const py::gil_scoped_release release;
+    return engine.connect(std::move(target), remote_address, remote_bytes);
+}
+
+// (kind, id, ok, text) tuples: the bytes of a notice need not be UTF-8.
+py::list poll(UcxEngine& engine) {
+    std::vector<TransportEvent> events;
+    {
+        const py::gil_scoped_release release;
+        events = engine.poll();
+    }
+    py::list list;
+    for (const TransportEvent& event : events) {
+        list.append(py::make_tuple(static_cast<int>(event.kind), event.id, event.ok,
+                                   py::bytes(event.text)));
+    }
+    return list;
+}
+
+}  // namespace
+
+void bind_ucx(py::module_& module) {
+    using release = py::call_guard<py::gil_scoped_release>;
+    py::register_exception<UcxError>(module, "UcxError", PyExc_RuntimeError);
+    py::register_exception<PeerClosedError>(module, "PeerClosedError", PyExc_RuntimeError);
+    py::class_<UcxLibrary, std::shared_ptr<UcxLibrary>>(module, "UcxLibrary")
+        .def(py::init<const std::string&>(), py::arg("path"), release())
+        .def_property_readonly("path", &UcxLibrary::path)
+        .def_property_readonly("version", &UcxLibrary::version)
+        .def("context_info", [](const std::shared_ptr<UcxLibrary>& library) {
+            const py::gil_scoped_release guard;
+            return UcxContext(library).info();
+        });
+    py::class_<UcxEngine>(module, "UcxEngine")
+        .def(py::init([](const std::shared_ptr<UcxLibrary>& library, const std::string& host,
+                         std::uint16_t port, std::uint64_t max_inflight_bytes,
+                         std::uint64_t max_put_bytes) {
+                 const py::gil_scoped_release guard;
+                 return std::make_unique<UcxEngine>(
+                     library, EngineOptions{host, port, max_inflight_bytes, max_put_bytes});
+             }),
+             py::arg("library"), py::arg("listen_host"), py::arg("listen_port"),
+             py::arg("max_inflight_bytes"), py::arg("max_put_bytes"))
+        .def_property_readonly("worker_address",
+                               [](const UcxEngine& engine) {
+                                   return py::bytes(engine.worker_address());
+                               })
+        .def_property_readonly("listen_port", &UcxEngine::listen_port)
+        .def("context_info", &UcxEngine::context_info, release())
+        .def("fileno", &UcxEngine::event_fd)
+        .def("register_region",
+             [](UcxEngine& engine, std::uintptr_t address, std::size_t num_bytes) {
+                 return py::bytes(engine.register_region(address, num_bytes));
+             })
+        .def("connect", &connect, py::arg("host"), py::arg("port"), py::arg("worker_address"),
+             py::arg("remote_key"), py::arg("remote_address"), py::arg("remote_bytes"),
+             py::arg("error_handling"))
+        .def("put", &put, py::arg("peer_id"), py::arg("pieces"), py::arg("notice"))
+        .def("disconnect", &UcxEngine::disconnect, py::arg("peer_id"), release())
+        .def("poll", &poll)
+        .def("close", &UcxEngine::close, release());
+}
+
+}  // namespace dualpath

@@ -1,0 +1,11 @@
+// One function for each group of bindings; module.cpp calls them all.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace dualpath {
+
+void bind_memory(pybind11::module_& module);
+void bind_ucx(pybind11::module_& module);
+
+}  // namespace dualpath

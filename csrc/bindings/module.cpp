@@ -1,0 +1,7 @@
+#include "bindings/bindings.hpp"
+
+PYBIND11_MODULE(_native, module) {
+    module.doc() = "The compiled core of vllm-dualpath; vllm_dualpath.native is its only importer.";
+    dualpath::bind_memory(module);
+    dualpath::bind_ucx(module);
+}

@@ -1,0 +1,149 @@
+#include "core/crc32c.hpp"
+
+#include <array>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace dualpath {
+namespace {
+
+// The polynomial, reflected: bit 31 - i is the coefficient of x^i.
+constexpr std::uint32_t kPolynomial = 0x82F63B78U;
+
+using Tables = std::array<std::array<std::uint32_t, 256>, 8>;
+
+constexpr std::uint32_t times_x(std::uint32_t value) {
+    return (value >> 1) ^ ((value & 1U) != 0 ? kPolynomial : 0U);
+}
+
+// tables[k][b]: the state after byte b and k zero bytes, for eight bytes at a time.
+constexpr Tables make_tables() {
+    Tables tables{};
+    for (std::uint32_t byte = 0; byte < 256; ++byte) {
+        std::uint32_t state = byte;
+        for (int bit = 0; bit < 8; ++bit) state = times_x(state);
+        tables[0][byte] = state;
+    }
+    for (std::size_t k = 1; k < 8; ++k) {
+        for (std::uint32_t byte = 0; byte < 256; ++byte) {
+            const std::uint32_t previous = tables[k - 1][byte];
+            tables[k][byte] = (previous >> 8) ^ tables[0][previous & 0xFFU];
+        }
+    }
+    return tables;
+}
+
+constexpr Tables kTables = make_tables();
+
+std::uint64_t load_u64(const unsigned char* data) {
+    std::uint64_t word;
+    std::memcpy(&word, data, sizeof word);
+    return word;
+}
+
+std::uint32_t update_portable(std::uint32_t state, const unsigned char* data, std::size_t size) {
+    for (; size >= 8; size -= 8, data += 8) {
+        std::uint32_t next = 0;
+        for (std::size_t i = 0; i < 8; ++i) {
+            const std::uint32_t byte = data[i] ^ (i < 4 ? (state >> (8 * i)) & 0xFFU : 0U);
+            next ^= kTables[7 - i][byte];
+        }
+        state = next;
+    }
+    for (; size > 0; --size, ++data) state = (state >> 8) ^ kTables[0][(state ^ *data) & 0xFFU];
+    return state;
+}
+
+#if defined(__x86_64__)
+
+// x^n modulo the polynomial, reflected.
+constexpr std::uint32_t power_of_x(std::size_t n) {
+    std::uint32_t value = 0x80000000U;
+    for (std::size_t i = 0; i < n; ++i) value = times_x(value);
+    return value;
+}
+
+// The state after `Bytes` more zero bytes. The carry-less product of two reflected 32-bit values
+// read as a reflected 64-bit one is a*b*x, and the crc32 instruction multiplies by x^32 while it
+// reduces: hence the exponent 8 * Bytes - 33.
+template <std::size_t Bytes>
+__attribute__((target("sse4.2,pclmul"))) std::uint32_t append_zeros(std::uint32_t state) {
+    constexpr std::uint32_t kFactor = power_of_x(8 * Bytes - 33);
+    const __m128i product =
+        _mm_clmulepi64_si128(_mm_cvtsi32_si128(static_cast<int>(state)),
+                             _mm_cvtsi32_si128(static_cast<int>(kFactor)), 0);
+    return static_cast<std::uint32_t>(
+        _mm_crc32_u64(0, static_cast<std::uint64_t>(_mm_cvtsi128_si64(product))));
+}
+
+// Three independent lanes hide the instruction's latency of three cycles.
+template <std::size_t LaneBytes>
+__attribute__((target("sse4.2,pclmul"))) std::uint32_t update_lanes(std::uint32_t state,
+                                                                    const unsigned char*& data,
+                                                                    std::size_t& size) {
+    while (size >= 3 * LaneBytes) {
+        std::uint64_t first = state;
+        std::uint64_t second = 0;
+        std::uint64_t third = 0;
+        for (std::size_t i = 0; i < LaneBytes; i += 8) {
+            first = _mm_crc32_u64(first, load_u64(data + i));
+            second = _mm_crc32_u64(second, load_u64(data + LaneBytes + i));
+            third = _mm_crc32_u64(third, load_u64(data + 2 * LaneBytes + i));
+        }
+        state = append_zeros<2 * LaneBytes>(static_cast<std::uint32_t>(first)) ^
+                append_zeros<LaneBytes>(static_cast<std::uint32_t>(second)) ^
+                static_cast<std::uint32_t>(third);
+        data += 3 * LaneBytes;
+        size -= 3 * LaneBytes;
+    }
+    return state;
+}
+
+__attribute__((target("sse4.2,pclmul"))) std::uint32_t update_sse42(std::uint32_t state,
+                                                                    const unsigned char* data,
+                                                                    std::size_t size) {
+    state = update_lanes<2048>(state, data, size);
+    state = update_lanes<128>(state, data, size);
+    for (; size >= 8; size -= 8, data += 8) {
+        state = static_cast<std::uint32_t>(_mm_crc32_u64(state, load_u64(data)));
+    }
+    for (; size > 0; --size, ++data) state = _mm_crc32_u8(state, *data);
+    return state;
+}
+
+bool has_hardware() { return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("pclmul"); }
+
+#else
+
+// Only little-endian 64-bit CPUs run vLLM; those without a path of their own take the table.
+std::uint32_t update_sse42(std::uint32_t state, const unsigned char* data, std::size_t size) {
+    return update_portable(state, data, size);
+}
+
+bool has_hardware() { return false; }
+
+#endif
+
+using Update = std::uint32_t (*)(std::uint32_t, const unsigned char*, std::size_t);
+
+Update chosen_update() {
+    static const Update chosen = has_hardware() ? update_sse42 : update_portable;
+    return chosen;
+}
+
+}  // namespace
+
+std::uint32_t crc32c(const void* data, std::size_t num_bytes, std::uint32_t seed) {
+    return ~chosen_update()(~seed, static_cast<const unsigned char*>(data), num_bytes);
+}
+
+std::uint32_t crc32c_portable(const void* data, std::size_t num_bytes, std::uint32_t seed) {
+    return ~update_portable(~seed, static_cast<const unsigned char*>(data), num_bytes);
+}
+
+const char* crc32c_implementation() { return has_hardware() ? "sse4.2+pclmul" : "portable"; }
+
+}  // namespace dualpath

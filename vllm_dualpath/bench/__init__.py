@@ -1,0 +1,1 @@
+"""Tiny models, trace replay and a local cluster: drives the other parts as processes."""

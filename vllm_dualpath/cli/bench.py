@@ -1,0 +1,65 @@
+"""``vllm-dualpath bench``: measure a server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from vllm_dualpath.bench.replay import ReplayPlan, ReplayResult, TokenRange
+from vllm_dualpath.bench.report import latency_table, replay_with_progress
+
+app = typer.Typer(help="Measure a server.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Keep ``replay`` a subcommand although it is the only one."""
+
+
+@app.command()
+def replay(
+    url: Annotated[str, typer.Option(help="A router, or any vLLM server.")] = (
+        "http://127.0.0.1:9000"
+    ),
+    agents: Annotated[int, typer.Option(help="Agents, all at once.")] = 2,
+    turns: Annotated[int, typer.Option(help="Turns of each agent, one after the other.")] = 4,
+    append: Annotated[str, typer.Option(help="Tokens each turn adds: N or LOW-HIGH.")] = "60-100",
+    first: Annotated[str | None, typer.Option(help="The same for the first turn.")] = None,
+    generate: Annotated[int, typer.Option(help="Tokens each answer has.")] = 8,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same appends.")] = 0,
+    think_time: Annotated[float, typer.Option(help="Seconds between answer and next turn.")] = 0,
+    model: Annotated[str | None, typer.Option(help="Default: the first one served.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write all measurements here.")
+    ] = None,
+) -> None:
+    """Replay agents whose every turn repeats the whole conversation so far.
+
+    Exit code 1 if a request failed.
+    """
+    plan = ReplayPlan(
+        agents=agents,
+        turns=turns,
+        append=TokenRange.parse(append),
+        first=None if first is None else TokenRange.parse(first),
+        generate=generate,
+        seed=seed,
+        think_time_s=think_time,
+    )
+    result = asyncio.run(replay_with_progress(url.rstrip("/"), plan, model, Console(stderr=True)))
+    if json_path is not None:
+        json_path.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
+    Console().print(latency_table(result))
+    raise typer.Exit(_report_failures(result))
+
+
+def _report_failures(result: ReplayResult) -> int:
+    for record in result.records:
+        if record.completion is None:
+            typer.echo(f"agent {record.agent}, turn {record.turn}: {record.error}", err=True)
+    return 1 if result.num_failed else 0

@@ -1,0 +1,209 @@
+"""Configuration: the only place that parses dictionaries, environment and flags.
+
+Everything is checked here or at start, in one message that says what, where, expected and found.
+Frozen models, unknown keys refused.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from vllm_dualpath.errors import ConfigError
+
+GIB = 1 << 30
+
+EngineRole = Literal["prefill", "decode", "both"]
+Mode = Literal["prefill_only", "dual", "split"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+_ModelT = TypeVar("_ModelT", bound=_Frozen)
+
+
+class Deadlines(_Frozen):
+    """Seconds without progress after which another way is taken. Queued time does not count."""
+
+    attach_s: float = Field(60.0, gt=0, description="an engine waits for its mover to start")
+    stage_s: float = Field(20.0, gt=0, description="a reader makes no progress on its segment")
+    commit_s: float = Field(
+        30.0, gt=0, description="decode staging is not complete after the prefill leg"
+    )
+    reserve_s: float = Field(
+        120.0, gt=0, description="a reservation at the head of its queue gets no slots"
+    )
+    router_lost_s: float = Field(30.0, gt=0, description="a mover ends a lost router's transfers")
+    stuck_warning_s: float = Field(30.0, gt=0, description="a transfer open this long is a WARNING")
+
+
+class EngineConfig(_Frozen):
+    """``kv_connector_extra_config`` of one engine."""
+
+    role: EngineRole = Field(description="what this engine does; kv_role stays kv_both")
+    store: str = Field(description="where Full Blocks live, e.g. file:///mnt/kv")
+    router: str | None = Field(None, description="the router's control address, tcp://host:port")
+    url: str | None = Field(
+        None,
+        description="this engine's HTTP address as the router reaches it; found from vLLM's flags",
+    )
+    name: str | None = Field(None, description="engine id shown in logs and metrics")
+    block_tokens: int | None = Field(
+        None, gt=0, description="tokens a Full Block; default 64, or vLLM's block size if larger"
+    )
+    staging_bytes: int = Field(2 * GIB, gt=0, description="staging memory of this engine's mover")
+    persist_slots: int = Field(
+        16, ge=0, description="staging slots kept for storing generated blocks"
+    )
+    store_quota_bytes: int | None = Field(
+        None, gt=0, description="evict least recently used blocks above this size"
+    )
+    store_threads: int = Field(
+        4, ge=1, le=64, description="storage reads in flight; writes get as many"
+    )
+    verify_checksums: bool = Field(
+        True, description="check every Layer Block read; off for tests only"
+    )
+    transport: Literal["ucx"] = Field("ucx", description="how staging memories reach each other")
+    listen: str = Field("127.0.0.1", description="address the mover's transport listens on")
+    model_id: str | None = Field(
+        None, description="identity of the weights; default: SHA-256 over the weight files"
+    )
+    index_capacity_blocks: int = Field(
+        1 << 20,
+        ge=1024,
+        description="blocks the shared-memory index of a router-less engine can hold",
+    )
+    runtime_dir: Path | None = Field(
+        None, description="sockets and locks; default under /tmp, by uid"
+    )
+    keys: Path | None = Field(None, description="CURVE key directory; required off loopback")
+    insecure: bool = Field(False, description="allow unauthenticated control off loopback")
+    deadlines: Deadlines = Field(default_factory=Deadlines)  # type: ignore[arg-type]
+
+    @field_validator("store")
+    @classmethod
+    def _store_is_a_uri(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme != "file" or parts.netloc or not parts.path.startswith("/"):
+            raise ValueError(f"expected file:///absolute/path, found {value!r}")
+        return value
+
+    @field_validator("router")
+    @classmethod
+    def _router_is_tcp(cls, value: str | None) -> str | None:
+        return None if value is None else check_endpoint(value)
+
+    @model_validator(mode="after")
+    def _role_fits_router(self) -> EngineConfig:
+        if self.router is None and self.role != "both":
+            raise ValueError(
+                f"role {self.role!r} needs a router key; without a router the role is 'both'"
+            )
+        if self.router is not None and self.role == "both":
+            raise ValueError("role 'both' works without a router: use prefill or decode with one")
+        require_security(self.router, self.keys, self.insecure, "router")
+        if self.router is not None and not is_loopback(self.listen) and not self.insecure:
+            raise ValueError(
+                f"listen {self.listen!r} is not loopback; data-path authentication is not built yet:"
+                " set insecure: true on a trusted network"
+            )
+        return self
+
+
+class RouterConfig(_Frozen):
+    """Flags of ``vllm-dualpath router``."""
+
+    listen: str = Field("127.0.0.1:9000", description="HTTP address clients use")
+    control: str = Field(
+        "tcp://127.0.0.1:9100", description="control address that movers connect to"
+    )
+    mode: Mode = Field("dual", description="policy: who reads the hit blocks")
+    split_fraction: float = Field(
+        0.5, ge=0, le=1, description="split mode: share the prefill side reads"
+    )
+    keys: Path | None = Field(None, description="CURVE key directory; required off loopback")
+    insecure: bool = Field(False, description="allow unauthenticated control off loopback")
+    max_body_bytes: int = Field(64 << 20, gt=0, description="largest request body accepted")
+    engine_wait_s: float = Field(
+        5.0, ge=0, description="a request waits this long for a lost engine"
+    )
+    heartbeat_s: float = Field(2.0, gt=0, description="movers report this often")
+    deadlines: Deadlines = Field(default_factory=Deadlines)  # type: ignore[arg-type]
+
+    @field_validator("control")
+    @classmethod
+    def _control_is_tcp(cls, value: str) -> str:
+        return check_endpoint(value)
+
+    @model_validator(mode="after")
+    def _secure(self) -> RouterConfig:
+        require_security(self.control, self.keys, self.insecure, "control")
+        return self
+
+
+def parse_engine_config(values: Mapping[str, Any]) -> EngineConfig:
+    """Parse ``kv_connector_extra_config``. Raises ``ConfigError`` naming every bad key at once."""
+    return _parse(EngineConfig, values, "kv_connector_extra_config")
+
+
+def parse_router_config(values: Mapping[str, Any]) -> RouterConfig:
+    """Parse the router's flags. Raises ``ConfigError`` naming every bad flag at once."""
+    return _parse(RouterConfig, values, "router")
+
+
+def check_endpoint(value: str) -> str:
+    """Return ``value`` if it is ``tcp://host:port``; raise ``ValueError`` otherwise."""
+    parts = urlsplit(value)
+    if parts.scheme != "tcp" or not parts.hostname or parts.port is None:
+        raise ValueError(f"expected tcp://host:port, found {value!r}")
+    return value
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host`` is a loopback name or address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def require_security(endpoint: str | None, keys: Path | None, insecure: bool, key: str) -> None:
+    """Off loopback, CURVE keys or an explicit ``insecure`` are needed; raise ``ValueError`` if not."""
+    if endpoint is None or keys is not None or insecure:
+        return
+    host = urlsplit(endpoint).hostname or ""
+    if not is_loopback(host):
+        raise ValueError(
+            f"{key} {endpoint!r} is not loopback: set keys (vllm-dualpath keys makes them)"
+            " or insecure: true on a trusted network"
+        )
+
+
+def _parse(model: type[_ModelT], values: Mapping[str, Any], where: str) -> _ModelT:
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as exc:
+        lines = [
+            f"  {'.'.join(str(part) for part in error['loc']) or '(all)'}: {error['msg']}"
+            f" (found {_short(error['input'])})"
+            for error in exc.errors()
+        ]
+        known = ", ".join(sorted(model.model_fields))
+        raise ConfigError(
+            f"{where}: {len(lines)} problem(s)\n" + "\n".join(lines) + f"\n  known keys: {known}"
+        ) from exc
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

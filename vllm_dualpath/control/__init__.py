@@ -1,0 +1,1 @@
+"""Sockets between processes: the control network, the local engine socket, shared tables, liveness."""

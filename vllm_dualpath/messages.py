@@ -1,0 +1,618 @@
+"""Every message that crosses a process boundary, as typed msgpack.
+
+Three conversations:
+
+* router <-> mover, over ZeroMQ (``RouterMessage`` down, ``MoverMessage`` up);
+* engine <-> mover, over the engine's Unix socket (``EngineMessage`` to the mover, ``LocalMessage``
+  back);
+* mover -> mover, as notices of the transport (``Notice``).
+
+Decoding is strict: unknown types, missing or surplus fields and wrong types raise
+``ProtocolError``. Nothing here is a pickle, and no message carries code. ``PROTOCOL_VERSION`` is
+compared before anything else is believed.
+
+Version history: 1 - first.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, TypeVar
+
+import msgspec
+
+from vllm_dualpath.errors import ProtocolError
+
+PROTOCOL_VERSION = 1
+
+MAX_MESSAGE_BYTES = 64 << 20
+
+Id16 = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+Hash = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+Index = Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
+Address = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Base of every message; the class name is the wire tag."""
+
+
+class TransferKey(msgspec.Struct, frozen=True, order=True, array_like=True):
+    """A transfer and its attempt. The transfer id is 128 random bits, drawn by the router."""
+
+    transfer: Id16
+    attempt: Index
+
+    def __str__(self) -> str:
+        return f"{self.transfer.hex()[:12]}/{self.attempt}"
+
+
+# --- shared pieces -------------------------------------------------------------------------------
+
+
+class GeometrySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``blocks.Geometry`` on the wire."""
+
+    block_tokens: Count
+    page_tokens: Count
+    layer_page_bytes: tuple[int, ...]
+    layout: str
+    kv_heads: Count
+    kv_dtype: str
+
+
+class Peer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The other side of a transfer: how to reach its staging memory, and the slots it granted."""
+
+    engine_id: str
+    boot_id: Id16
+    host_id: str
+    pid: Index
+    pid_start: Count
+    """Start time of the process in clock ticks: a recycled pid is another process."""
+    address: bytes
+    region: bytes
+    staging_address: Address
+    """Where slot 0 lies in the peer's own address space, as one-sided writes name it."""
+    slots: tuple[Index, ...]
+    """The slots it granted; empty while they are not known."""
+
+
+class SegmentSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``plan.Segment`` on the wire."""
+
+    reader: str
+    first_block: Index
+    last_block: Index
+
+
+class StoredBlock(msgspec.Struct, frozen=True, array_like=True):
+    """One block of the store, for an index."""
+
+    hash: Hash
+    parent: Hash
+    num_bytes: Count
+    last_used_s: float
+
+
+class MoverStats(Message, frozen=True, kw_only=True):
+    """Counters of a mover since its start (cumulative), and gauges of the moment."""
+
+    storage_read_bytes: Count = 0
+    storage_write_bytes: Count = 0
+    push_to_prefill_bytes: Count = 0
+    push_to_decode_bytes: Count = 0
+    blocks_stored: Count = 0
+    blocks_not_stored: Count = 0
+    corrupt_blocks: Count = 0
+    rejected_messages: Count = 0
+    load_failures: dict[str, Count] = {}
+    """By reason: ``corrupt``, ``missing``, ``io_error``, ``stalled``, ``peer_lost``, ``cancelled``."""
+    stage_seconds: tuple[float, ...] = ()
+    """Durations of stagings that ended since the last report; not cumulative."""
+    slots_used: Count = 0
+    slots_free: Count = 0
+    slots_quarantined: Count = 0
+    read_queue_tokens: Count = 0
+    open_transfers: Count = 0
+
+
+# --- router -> engine, in a leg's kv_transfer_params ---------------------------------------------
+
+
+class LegParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a leg tells the connector: which published transfer is its own. Nothing else crosses."""
+
+    version: int
+    boot_id: str
+    transfer: str
+    attempt: Index
+    num_hit_blocks: Index
+    num_tokens: Count
+
+    PARAMS_KEY: ClassVar[str] = "dualpath"
+
+    @property
+    def key(self) -> TransferKey:
+        return TransferKey(bytes.fromhex(self.transfer), self.attempt)
+
+    @classmethod
+    def make(
+        cls, boot_id: bytes, key: TransferKey, num_hit_blocks: int, num_tokens: int
+    ) -> LegParams:
+        return cls(
+            PROTOCOL_VERSION,
+            boot_id.hex(),
+            key.transfer.hex(),
+            key.attempt,
+            num_hit_blocks,
+            num_tokens,
+        )
+
+    def to_params(self) -> dict[str, object]:
+        """The entry of ``kv_transfer_params``, as plain JSON types."""
+        return {self.PARAMS_KEY: msgspec.to_builtins(self)}
+
+    @classmethod
+    def from_params(cls, params: object) -> LegParams | None:
+        """``None`` when there is no entry of ours. Raises ``ProtocolError`` for a bad one."""
+        if not isinstance(params, dict) or cls.PARAMS_KEY not in params:
+            return None
+        try:
+            leg = msgspec.convert(params[cls.PARAMS_KEY], cls)
+            if len(bytes.fromhex(leg.transfer)) != 16 or len(bytes.fromhex(leg.boot_id)) != 16:
+                raise ValueError("ids must be 16 bytes of hex")
+        except (msgspec.MsgspecError, ValueError) as exc:
+            raise ProtocolError(f"kv_transfer_params.{cls.PARAMS_KEY} rejected: {exc}") from exc
+        if leg.version != PROTOCOL_VERSION:
+            raise ProtocolError(
+                f"kv_transfer_params.{cls.PARAMS_KEY} has version {leg.version},"
+                f" expected {PROTOCOL_VERSION}"
+            )
+        return leg
+
+
+# --- router -> mover -----------------------------------------------------------------------------
+
+
+class Welcome(Message, frozen=True):
+    """The mover is registered."""
+
+    version: int
+    router_boot_id: Id16
+    heartbeat_s: float
+    send_snapshot: bool
+    """This mover shall send the store's content, then ``SnapshotEnd``."""
+
+
+class Refused(Message, frozen=True):
+    """The mover may not join; it logs ``reason`` as an error and tries again much later."""
+
+    reason: str
+
+
+class Reserve(Message, frozen=True):
+    """Grant slots for a whole prompt from one pool, FIFO, all or nothing."""
+
+    key: TransferKey
+    pool: str
+    """``decode`` or ``prefill``."""
+    num_tokens: Count
+    peer: Peer
+    """The other side. The decode side reserves first, so it learns the prefill side without slots."""
+
+
+class Stage(Message, frozen=True, kw_only=True):
+    """Start: read the own segments, push what is good, expect the rest from ``peer``."""
+
+    key: TransferKey
+    pool: str
+    num_tokens: Count
+    num_hit_blocks: Index
+    root: Hash
+    block_hashes: tuple[Hash, ...]
+    """Every full block of the prompt, hits first."""
+    digest: Hash
+    segments: tuple[SegmentSpec, ...]
+    peer: Peer
+    num_releases: Index = 1
+    """How many requests of the engine will take the slots (``n`` of the client's request)."""
+
+
+class Cut(Message, frozen=True):
+    """The hit ends at ``num_hit_blocks``: stop reading and pushing blocks at or beyond it."""
+
+    key: TransferKey
+    num_hit_blocks: Index
+
+
+class End(Message, frozen=True):
+    """The transfer is over for the router. With ``drain`` pages already saved are still pushed."""
+
+    key: TransferKey
+    drain: bool
+    reason: str
+
+
+class PeerDied(Message, frozen=True):
+    """A mover's connection is gone: transfers with it need proof that its writes have ended."""
+
+    engine_id: str
+    boot_id: Id16
+
+
+class Evict(Message, frozen=True):
+    """Remove these blocks from the store."""
+
+    hashes: tuple[Hash, ...]
+
+
+class Ping(Message, frozen=True):
+    """Answer with ``Load`` now."""
+
+
+class Pong(Message, frozen=True):
+    """The answer to every ``Load``, and to anything from a mover that is not registered.
+
+    A boot id other than the one in ``Welcome`` means a new router: say ``Hello`` again.
+    """
+
+    router_boot_id: Id16
+
+
+RouterMessage = Welcome | Refused | Reserve | Stage | Cut | End | PeerDied | Evict | Ping | Pong
+
+# --- mover -> router -----------------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True, kw_only=True):
+    """A mover introduces itself and its engine."""
+
+    version: int
+    engine_id: str
+    role: str
+    boot_id: Id16
+    url: str
+    model: str
+    fingerprint: Hash
+    root: Hash
+    """Chain root without a cache salt."""
+    geometry: GeometrySpec
+    max_model_len: Count
+    store: str
+    store_quota_bytes: Count | None
+    host_id: str
+    pid: Index
+    pid_start: Count
+    address: bytes
+    region: bytes
+    staging_address: Address
+    num_slots: Count
+    """Slots of the pool that transfers use."""
+
+
+class Goodbye(Message, frozen=True):
+    """The mover ends in order."""
+
+    reason: str
+
+
+class Load(Message, frozen=True):
+    """The heartbeat."""
+
+    stats: MoverStats
+
+
+class Reserved(Message, frozen=True):
+    """Slots for ``Reserve``, one a block of the prompt, in order."""
+
+    key: TransferKey
+    slots: tuple[Index, ...]
+
+
+class TransferFailed(Message, frozen=True):
+    """The attempt cannot go on at this mover. The router ends it and tries another way."""
+
+    key: TransferKey
+    reason: str
+
+
+class SegmentDone(Message, frozen=True):
+    """The mover reads no more: all its blocks before ``good_until`` were good and pushed."""
+
+    key: TransferKey
+    first_block: Index
+    last_block: Index
+    good_until: Index
+    error: str
+    """Empty when ``good_until == last_block``."""
+
+
+class CutDone(Message, frozen=True):
+    """Nothing at or beyond the cut is read or pushed by this mover any more."""
+
+    key: TransferKey
+    num_hit_blocks: Index
+
+
+class Ready(Message, frozen=True):
+    """Prefill side: the leading ``num_hit_blocks`` are good and published to the engine."""
+
+    key: TransferKey
+    num_hit_blocks: Index
+
+
+class Committed(Message, frozen=True):
+    """Decode side: every page of the prompt is good and published to the engine."""
+
+    key: TransferKey
+
+
+class Ended(Message, frozen=True):
+    """All slots of the transfer are free again."""
+
+    key: TransferKey
+
+
+class Stored(Message, frozen=True):
+    """Blocks that the store has now."""
+
+    blocks: tuple[StoredBlock, ...]
+
+
+class Dropped(Message, frozen=True):
+    """Blocks that the store no longer has (evicted, corrupt, missing)."""
+
+    hashes: tuple[Hash, ...]
+
+
+class SnapshotEnd(Message, frozen=True):
+    """Everything in the store has been sent as ``Stored``."""
+
+    num_blocks: Count
+
+
+MoverMessage = (
+    Hello
+    | Goodbye
+    | Load
+    | Reserved
+    | TransferFailed
+    | SegmentDone
+    | CutDone
+    | Ready
+    | Committed
+    | Ended
+    | Stored
+    | Dropped
+    | SnapshotEnd
+)
+
+# --- engine -> mover, at start -------------------------------------------------------------------
+
+
+class MoverSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All a mover needs to start; written by the engine's worker to a private file."""
+
+    version: int
+    engine_id: str
+    socket_path: str
+    config: dict[str, object]
+    """The engine's ``kv_connector_extra_config``, already checked."""
+    url: str
+    model: str
+    fingerprint: Hash
+    root: Hash
+    geometry: GeometrySpec
+    max_model_len: Count
+
+
+# --- engine -> mover (Unix socket) ---------------------------------------------------------------
+
+
+class Attach(Message, frozen=True):
+    """First message of each connection. ``kind`` is ``worker`` or ``scheduler``."""
+
+    version: int
+    kind: str
+    pid: Index
+
+
+class Saved(Message, frozen=True):
+    """Pages ``[first_page, last_page)`` of the prompt, one layer, lie in the outgoing slots."""
+
+    key: TransferKey
+    layer: Index
+    first_page: Index
+    last_page: Index
+
+
+class Release(Message, frozen=True):
+    """One claim of the transfer's slots is over: no copy of it runs or will start."""
+
+    key: TransferKey
+
+
+class Persist(Message, frozen=True):
+    """Store the block that the engine copied into persist slot ``slot``."""
+
+    slot: Index
+    hash: Hash
+    parent: Hash
+
+
+class ReturnPersistSlots(Message, frozen=True):
+    """Persist slots that will not be used."""
+
+    slots: tuple[Index, ...]
+
+
+class LocalLoad(Message, frozen=True):
+    """Without a router: read these blocks into slots."""
+
+    load_id: Id16
+    hashes: tuple[Hash, ...]
+
+
+class LocalLoadDone(Message, frozen=True):
+    """The slots of a local load were copied, or will not be."""
+
+    load_id: Id16
+
+
+class RootChanged(Message, frozen=True):
+    """The engine's weights or cache were reset: earlier blocks are another model's."""
+
+    root: Hash
+
+
+EngineMessage = (
+    Attach
+    | Saved
+    | Release
+    | Persist
+    | ReturnPersistSlots
+    | LocalLoad
+    | LocalLoadDone
+    | RootChanged
+)
+
+# --- mover -> engine (Unix socket) ---------------------------------------------------------------
+
+
+class Attached(Message, frozen=True, kw_only=True):
+    """The answer to ``Attach``; comes with descriptors: staging, slot table, claims, shared index.
+
+    The shared index descriptor is there only when ``index_capacity_blocks`` > 0.
+    """
+
+    version: int
+    boot_id: Id16
+    pid: Index
+    staging_bytes: Count
+    slot_bytes: Count
+    num_slots: Count
+    table_capacity: Count
+    table_max_blocks: Count
+    index_capacity_blocks: Count
+
+
+class PersistSlots(Message, frozen=True):
+    """Persist slots the scheduler side may use now (in addition to those it has)."""
+
+    slots: tuple[Index, ...]
+
+
+class LocalLoaded(Message, frozen=True):
+    """The leading ``num_good`` blocks of a local load lie in ``slots``."""
+
+    load_id: Id16
+    num_good: Index
+    slots: tuple[Index, ...]
+
+
+class LocalStats(Message, frozen=True):
+    """Counters for the engine's own metrics; sent to the scheduler side after activity."""
+
+    stats: MoverStats
+    idle: bool
+    """Nothing is open in the mover: no further report will follow without new work."""
+
+
+LocalMessage = Attached | PersistSlots | LocalLoaded | LocalStats
+
+# --- mover -> mover (transport notices) ----------------------------------------------------------
+
+
+class BlocksGood(Message, frozen=True):
+    """Hit blocks ``[first_block, last_block)`` lie, checked, in the receiver's slots."""
+
+    key: TransferKey
+    receiver_boot_id: Id16
+    first_block: Index
+    last_block: Index
+
+
+class PagesGood(Message, frozen=True):
+    """Pages ``[first_page, last_page)`` of one layer lie in the receiver's decode slots."""
+
+    key: TransferKey
+    receiver_boot_id: Id16
+    layer: Index
+    first_page: Index
+    last_page: Index
+
+
+class WriterStopped(Message, frozen=True):
+    """The sender will write nothing more into the receiver's slots of this attempt.
+
+    Proof by the transport's ordering rule: everything sent before is visible when this arrives.
+    """
+
+    key: TransferKey
+    receiver_boot_id: Id16
+
+
+class StopQuery(Message, frozen=True):
+    """The sender lost its router before it learnt whether the receiver writes to its slots.
+
+    The receiver answers ``WriterStopped`` to ``contact``: at once, and for good, if it does not
+    know the transfer; else when it has ended it.
+    """
+
+    key: TransferKey
+    receiver_boot_id: Id16
+    contact: Peer
+
+
+Notice = BlocksGood | PagesGood | WriterStopped | StopQuery
+
+# --- encoding ------------------------------------------------------------------------------------
+
+_encoder = msgspec.msgpack.Encoder()
+_router_decoder: msgspec.msgpack.Decoder[RouterMessage] = msgspec.msgpack.Decoder(RouterMessage)
+_mover_decoder: msgspec.msgpack.Decoder[MoverMessage] = msgspec.msgpack.Decoder(MoverMessage)
+_engine_decoder: msgspec.msgpack.Decoder[EngineMessage] = msgspec.msgpack.Decoder(EngineMessage)
+_local_decoder: msgspec.msgpack.Decoder[LocalMessage] = msgspec.msgpack.Decoder(LocalMessage)
+_notice_decoder: msgspec.msgpack.Decoder[Notice] = msgspec.msgpack.Decoder(Notice)
+
+_T = TypeVar("_T")
+
+
+def encode(message: Message) -> bytes:
+    """Return the wire form of any message."""
+    return _encoder.encode(message)
+
+
+def decode_router_message(payload: bytes | memoryview) -> RouterMessage:
+    """Decode what a router sent. Raises ``ProtocolError``."""
+    return _decode(_router_decoder, payload)
+
+
+def decode_mover_message(payload: bytes | memoryview) -> MoverMessage:
+    """Decode what a mover sent to the router. Raises ``ProtocolError``."""
+    return _decode(_mover_decoder, payload)
+
+
+def decode_engine_message(payload: bytes | memoryview) -> EngineMessage:
+    """Decode what an engine sent to its mover. Raises ``ProtocolError``."""
+    return _decode(_engine_decoder, payload)
+
+
+def decode_local_message(payload: bytes | memoryview) -> LocalMessage:
+    """Decode what a mover sent to its engine. Raises ``ProtocolError``."""
+    return _decode(_local_decoder, payload)
+
+
+def decode_notice(payload: bytes | memoryview) -> Notice:
+    """Decode a peer mover's notice. Raises ``ProtocolError``."""
+    return _decode(_notice_decoder, payload)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[_T], payload: bytes | memoryview) -> _T:
+    if len(payload) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"message of {len(payload)} bytes, at most {MAX_MESSAGE_BYTES}")
+    try:
+        return decoder.decode(payload)
+    except msgspec.MsgspecError as exc:
+        raise ProtocolError(f"message rejected: {exc}") from exc

@@ -1,0 +1,134 @@
+"""Every metric of the package in one table: name, type, labels, help.
+
+The router exports its own; the connector exports the others through vLLM's ``/metrics``. This module
+is data: it imports no metrics library and counts nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+MetricKind = Literal["counter", "gauge", "histogram"]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric. Counters are exported with the suffix ``_total``, as Prometheus asks for."""
+
+    name: str
+    kind: MetricKind
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] | None = None
+    """Upper bounds of a histogram's buckets, in the unit of the name."""
+
+
+_DECISION_BUCKETS = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 0.1)
+_STAGE_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_WAIT_BUCKETS = (1e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 0.1, 0.5, 1.0)
+
+# --- router --------------------------------------------------------------------------------------
+
+ROUTER_REQUESTS = Metric(
+    "dualpath_router_requests",
+    "counter",
+    "Requests by outcome: transferred, alone, rejected, cancelled or failed.",
+    ("outcome",),
+)
+ROUTER_ATTEMPTS_FAILED = Metric(
+    "dualpath_router_attempts_failed",
+    "counter",
+    "Transfer attempts that ended without a load at the decode engine.",
+    ("reason",),
+)
+ROUTER_PLANNED_TOKENS = Metric(
+    "dualpath_router_planned_tokens",
+    "counter",
+    "Hit tokens that plans gave to a reader, by the role of the reader's engine.",
+    ("reader_role",),
+)
+ROUTER_DECISION_SECONDS = Metric(
+    "dualpath_router_decision_seconds",
+    "histogram",
+    "Time the policy took for one decision.",
+    buckets=_DECISION_BUCKETS,
+)
+STORAGE_NIC_QUEUE_TOKENS = Metric(
+    "dualpath_storage_nic_queue_tokens",
+    "gauge",
+    "Tokens planned to be read by an engine's storage NIC and not yet staged.",
+    ("engine",),
+)
+ROUTER_REJECTED_MESSAGES = Metric(
+    "dualpath_router_rejected_messages",
+    "counter",
+    "Messages from movers that broke the wire rules and were dropped.",
+)
+
+# --- engine --------------------------------------------------------------------------------------
+
+STORAGE_READ_BYTES = Metric(
+    "vllm:dualpath_storage_read_bytes", "counter", "Bytes read from the store by this engine."
+)
+STORAGE_WRITE_BYTES = Metric(
+    "vllm:dualpath_storage_write_bytes", "counter", "Bytes written to the store by this engine."
+)
+PUSH_BYTES = Metric(
+    "vllm:dualpath_push_bytes",
+    "counter",
+    "Bytes pushed to a peer's staging memory over the compute network.",
+    ("direction",),
+)
+HIT_TOKENS = Metric(
+    "vllm:dualpath_hit_tokens", "counter", "Prompt tokens loaded from the store, not computed."
+)
+PROMPT_TOKENS = Metric(
+    "vllm:dualpath_prompt_tokens", "counter", "Prompt tokens of requests the connector looked at."
+)
+CORRUPT_BLOCKS = Metric(
+    "vllm:dualpath_corrupt_blocks", "counter", "Stored blocks that failed their check."
+)
+LOAD_FAILURES = Metric(
+    "vllm:dualpath_load_failures", "counter", "Loads cut short or given up.", ("reason",)
+)
+STAGING_SLOTS = Metric(
+    "vllm:dualpath_staging_slots", "gauge", "Staging slots: used, free, quarantined.", ("state",)
+)
+STAGE_SECONDS = Metric(
+    "vllm:dualpath_stage_seconds",
+    "histogram",
+    "Time from the start of a staging to its publication.",
+    buckets=_STAGE_BUCKETS,
+)
+LAYER_WAIT_SECONDS = Metric(
+    "vllm:dualpath_layer_wait_seconds",
+    "histogram",
+    "Time the forward pass waited for a layer's copy.",
+    buckets=_WAIT_BUCKETS,
+)
+
+PUSH_DIRECTIONS = ("to_prefill", "to_decode")
+SLOT_STATES = ("used", "free", "quarantined")
+REQUEST_OUTCOMES = ("transferred", "alone", "rejected", "cancelled", "failed")
+
+ROUTER_METRICS = (
+    ROUTER_REQUESTS,
+    ROUTER_ATTEMPTS_FAILED,
+    ROUTER_PLANNED_TOKENS,
+    ROUTER_DECISION_SECONDS,
+    STORAGE_NIC_QUEUE_TOKENS,
+    ROUTER_REJECTED_MESSAGES,
+)
+ENGINE_METRICS = (
+    STORAGE_READ_BYTES,
+    STORAGE_WRITE_BYTES,
+    PUSH_BYTES,
+    HIT_TOKENS,
+    PROMPT_TOKENS,
+    CORRUPT_BLOCKS,
+    LOAD_FAILURES,
+    STAGING_SLOTS,
+    STAGE_SECONDS,
+    LAYER_WAIT_SECONDS,
+)

@@ -1,0 +1,424 @@
+"""A mover, assembled: memory, store, transport, ports, and who hears what."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from pathlib import Path
+
+from vllm_dualpath.blocks import Geometry
+from vllm_dualpath.config import EngineConfig
+from vllm_dualpath.control.bus import MoverSocket
+from vllm_dualpath.control.host import host_id, process_start_ticks
+from vllm_dualpath.control.slot_table import SlotTableWriter, claims_bytes, table_bytes
+from vllm_dualpath.errors import ConfigError
+from vllm_dualpath.index.shared import SharedIndexWriter
+from vllm_dualpath.messages import (
+    PROTOCOL_VERSION,
+    Attached,
+    Cut,
+    Dropped,
+    End,
+    EngineMessage,
+    Evict,
+    Hello,
+    LocalLoad,
+    LocalLoadDone,
+    LocalLoaded,
+    LocalStats,
+    MoverMessage,
+    MoverSpec,
+    MoverStats,
+    Peer,
+    PeerDied,
+    Persist,
+    PersistSlots,
+    Release,
+    Reserve,
+    ReturnPersistSlots,
+    RootChanged,
+    RouterMessage,
+    Saved,
+    SnapshotEnd,
+    Stage,
+    Stored,
+    StoredBlock,
+)
+from vllm_dualpath.mover.book import TransferBook
+from vllm_dualpath.mover.counters import Counters
+from vllm_dualpath.mover.engine_port import EnginePort
+from vllm_dualpath.mover.local import LocalIndex, LocalLoads, evict
+from vllm_dualpath.mover.loop import EventLoop
+from vllm_dualpath.mover.peers import PeerDirectory
+from vllm_dualpath.mover.persist import PersistSlotsLedger
+from vllm_dualpath.mover.ports import Ports
+from vllm_dualpath.mover.router_port import RouterPort
+from vllm_dualpath.mover.snapshot import scan_store
+from vllm_dualpath.mover.staging import SharedMemory, SlotPool
+from vllm_dualpath.mover.storage_queue import StorageQueue
+from vllm_dualpath.storage import open_store
+from vllm_dualpath.transport import make_transport
+
+logger = logging.getLogger(__name__)
+
+_TABLE_ENTRIES = 1024
+_WATCH_S = 0.25
+
+
+class Mover:
+    """Built from a spec, then ``run``. Raises ``ConfigError`` for what cannot work."""
+
+    def __init__(self, spec: MoverSpec, config: EngineConfig) -> None:
+        self._spec = spec
+        self._config = config
+        self._boot_id = secrets.token_bytes(16)
+        self._root = spec.root
+        self._counters = Counters()
+        self._loop = EventLoop()
+        self._watching = False
+        self._reported = MoverStats()
+        geometry = self._geometry = geometry_of(spec)
+        self._pool, persist_pool = make_pools(config, geometry, spec.max_model_len)
+        num_slots = self._pool.num_slots + persist_pool.num_slots
+        self._staging = SharedMemory("staging", num_slots * geometry.slot_bytes)
+        self._max_blocks = geometry.num_blocks(spec.max_model_len)
+        self._table = SharedMemory("table", table_bytes(_TABLE_ENTRIES, self._max_blocks))
+        self._claims = SharedMemory("claims", claims_bytes(_TABLE_ENTRIES))
+        self._store = open_store(config.store, spec.fingerprint, geometry)
+        self._storage = StorageQueue(config.store_threads)
+        self._loop.watch(self._storage, self._storage.drain)
+        self._book = TransferBook()
+        transport = make_transport(config.transport, config.listen)
+        region = transport.register(self._staging.address, self._staging.num_bytes)
+        logger.info("transport %s, store %s", transport.name, self._store.uri)
+        self._contact = Peer(
+            engine_id=spec.engine_id,
+            boot_id=self._boot_id,
+            host_id=host_id(),
+            pid=os.getpid(),
+            pid_start=process_start_ticks(os.getpid()) or 0,
+            address=transport.address,
+            region=region.descriptor,
+            staging_address=self._staging.address,
+            slots=(),
+        )
+        self._peers = PeerDirectory(
+            transport, self._loop, self._contact.host_id, self._counters, self._on_notice
+        )
+        self._ports = self._make_ports()
+        self._book.bind(self._ports)
+        self._persist = PersistSlotsLedger(self._ports, persist_pool)
+        self._loads = LocalLoads(self._ports, self._answer_load)
+        self._index_memory: SharedMemory | None = None
+        self._index: LocalIndex | None = None
+        self._router: RouterPort | None = None
+        if config.router is None:
+            self._make_index()
+        self._engine = EnginePort(
+            Path(spec.socket_path),
+            self._loop,
+            self._counters,
+            self._attached,
+            self._on_attached,
+            self._on_engine_message,
+            self._on_engine_gone,
+        )
+
+    def run(self) -> None:
+        """Serve until the engine is gone or ``stop`` is called, then end in order."""
+        self._loop.call_later(self._config.deadlines.attach_s, self._check_attached)
+        try:
+            self._loop.run()
+        finally:
+            self._close()
+
+    def stop(self, reason: str) -> None:
+        """End ``run``. May be called from a signal handler's wake-up."""
+        logger.info("ending: %s", reason)
+        self._loop.stop()
+
+    # --- assembly --------------------------------------------------------------------------------
+
+    def _make_ports(self) -> Ports:
+        return Ports(
+            engine_id=self._spec.engine_id,
+            boot_id=self._boot_id,
+            contact=self._contact,
+            config=self._config,
+            geometry=self._geometry,
+            loop=self._loop,
+            staging=self._staging,
+            pool=self._pool,
+            store=self._store,
+            storage=self._storage,
+            peers=self._peers,
+            table=SlotTableWriter(
+                self._table.map, self._claims.map, _TABLE_ENTRIES, self._max_blocks
+            ),
+            counters=self._counters,
+            tell_router=self._tell_router,
+            stored=self._stored,
+            dropped=self._dropped,
+            closed=self._book.closed,
+        )
+
+    def _make_index(self) -> None:
+        capacity = self._config.index_capacity_blocks
+        memory = SharedMemory("index", SharedIndexWriter.size_bytes(capacity))
+        self._index_memory = memory
+        self._index = LocalIndex(self._ports, SharedIndexWriter(memory.map, capacity))
+        scan_store(self._ports, self._index.add, self._scanned)
+
+    def _scanned(self, num_blocks: int) -> None:
+        logger.info("store holds %d blocks", num_blocks)
+
+    def _join_router(self) -> None:
+        assert self._config.router is not None
+        self._router = RouterPort(
+            MoverSocket(self._config.router, self._boot_id, self._config.keys),
+            self._loop,
+            self._counters,
+            self._hello,
+            self._stats,
+            self._on_router_message,
+            self._on_welcome,
+            self._on_router_lost,
+            self._config.deadlines.router_lost_s,
+        )
+
+    def _hello(self) -> Hello:
+        return Hello(
+            version=PROTOCOL_VERSION,
+            engine_id=self._spec.engine_id,
+            role=self._config.role,
+            boot_id=self._boot_id,
+            url=self._spec.url,
+            model=self._spec.model,
+            fingerprint=self._spec.fingerprint,
+            root=self._root,
+            geometry=self._spec.geometry,
+            max_model_len=self._spec.max_model_len,
+            store=self._config.store,
+            store_quota_bytes=self._config.store_quota_bytes,
+            host_id=self._contact.host_id,
+            pid=self._contact.pid,
+            pid_start=self._contact.pid_start,
+            address=self._contact.address,
+            region=self._contact.region,
+            staging_address=self._contact.staging_address,
+            num_slots=self._pool.num_slots,
+        )
+
+    # --- the router ------------------------------------------------------------------------------
+
+    def _tell_router(self, message: MoverMessage) -> None:
+        if self._router is not None:
+            self._router.send(message)
+
+    def _on_router_message(self, message: RouterMessage) -> None:
+        self._watch()
+        match message:
+            case Reserve():
+                self._book.reserve(message)
+            case Stage():
+                self._book.stage(message)
+            case Cut():
+                self._book.cut(message.key, message.num_hit_blocks)
+            case End():
+                self._book.end(message.key, message.drain)
+            case PeerDied():
+                self._book.peer_died(message.boot_id)
+                self._peers.forget(message.boot_id)
+            case Evict():
+                evict(self._ports, message.hashes)
+
+    def _on_welcome(self, send_snapshot: bool) -> None:
+        if send_snapshot:
+            scan_store(
+                self._ports,
+                lambda blocks: self._tell_router(Stored(blocks)),
+                lambda num_blocks: self._tell_router(SnapshotEnd(num_blocks)),
+            )
+
+    def _on_router_lost(self) -> None:
+        self._watch()
+        self._book.router_lost()
+
+    def _on_notice(self, notice: object) -> None:
+        self._watch()
+        self._book.notice(notice)  # type: ignore[arg-type]  # decoded as Notice by PeerDirectory
+
+    # --- the store -------------------------------------------------------------------------------
+
+    def _stored(self, blocks: tuple[StoredBlock, ...]) -> None:
+        if self._index is not None:
+            self._index.add(blocks)
+        self._tell_router(Stored(blocks))
+
+    def _dropped(self, hashes: tuple[bytes, ...]) -> None:
+        if self._index is not None:
+            self._index.discard(hashes)
+        self._tell_router(Dropped(hashes))
+
+    # --- the engine ------------------------------------------------------------------------------
+
+    def _attached(self) -> tuple[Attached, list[int]]:
+        fds = [
+            os.dup(self._staging.fd),
+            self._table.read_only_fd(),
+            os.dup(self._claims.fd),
+        ]
+        if self._index_memory is not None:
+            fds.append(self._index_memory.read_only_fd())
+        answer = Attached(
+            version=PROTOCOL_VERSION,
+            boot_id=self._boot_id,
+            pid=os.getpid(),
+            staging_bytes=self._staging.num_bytes,
+            slot_bytes=self._geometry.slot_bytes,
+            num_slots=self._staging.num_bytes // self._geometry.slot_bytes,
+            table_capacity=_TABLE_ENTRIES,
+            table_max_blocks=self._max_blocks,
+            index_capacity_blocks=0 if self._index is None else self._config.index_capacity_blocks,
+        )
+        return answer, fds
+
+    def _on_attached(self, kind: str) -> None:
+        if kind == "scheduler":
+            self._grant_persist_slots()
+        elif self._router is None and self._config.router is not None:
+            self._join_router()
+
+    def _on_engine_message(self, message: EngineMessage) -> None:
+        self._watch()
+        match message:
+            case Saved():
+                self._book.saved(message)
+            case Release():
+                self._book.release(message.key)
+            case Persist():
+                self._persist.store(message)
+            case ReturnPersistSlots():
+                self._persist.take_back(message.slots)
+            case LocalLoad():
+                self._loads.start(message)
+                if self._index is not None:
+                    self._index.touch(message.hashes)
+            case LocalLoadDone():
+                self._loads.done(message.load_id)
+            case RootChanged():
+                self._root = message.root
+                if self._router is not None:
+                    self._router.say_hello()
+
+    def _on_engine_gone(self, reason: str) -> None:
+        self.stop(f"the engine's {reason}")
+
+    def _answer_load(self, answer: LocalLoaded) -> None:
+        self._engine.send("worker", answer)
+
+    def _grant_persist_slots(self) -> None:
+        slots = self._persist.grant_all()
+        if slots and not self._engine.send("scheduler", PersistSlots(slots)):
+            self._persist.take_back(slots)
+
+    def _check_attached(self) -> None:
+        if not self._engine.has_worker:
+            self.stop("no engine attached in time")
+
+    # --- time and counters -----------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """Something happened: check progress until nothing is open any more."""
+        if not self._watching:
+            self._watching = True
+            self._loop.call_later(_WATCH_S, self._check)
+
+    def _check(self) -> None:
+        self._watching = False
+        self._book.check_progress()
+        self._loads.check_progress()
+        self._grant_persist_slots()
+        idle = self._report()
+        if not idle:
+            self._watch()
+
+    def _report(self) -> bool:
+        """Send the engine its counters if they changed; true when nothing is open."""
+        stats = self._stats()
+        idle = stats.open_transfers == 0 and self._storage.num_open == 0
+        changed = stats != self._reported or self._counters.stage_seconds
+        if changed or idle:
+            self._reported = stats
+            report = self._stats(tuple(self._counters.stage_seconds))
+            self._counters.stage_seconds.clear()
+            self._engine.send("scheduler", LocalStats(report, idle))
+        return idle
+
+    def _stats(self, stage_seconds: tuple[float, ...] = ()) -> MoverStats:
+        counters = self._counters
+        quarantined = sum(
+            len(transfer.slots) for transfer in self._book.transfers if transfer.awaits_proof
+        )
+        return MoverStats(
+            storage_read_bytes=counters.storage_read_bytes,
+            storage_write_bytes=counters.storage_write_bytes,
+            push_to_prefill_bytes=counters.push_to_prefill_bytes,
+            push_to_decode_bytes=counters.push_to_decode_bytes,
+            blocks_stored=counters.blocks_stored,
+            blocks_not_stored=counters.blocks_not_stored,
+            corrupt_blocks=counters.corrupt_blocks,
+            rejected_messages=counters.rejected_messages,
+            load_failures=dict(counters.load_failures),
+            stage_seconds=stage_seconds,
+            slots_used=self._pool.num_granted - quarantined,
+            slots_free=self._pool.num_free,
+            slots_quarantined=quarantined,
+            read_queue_tokens=self._storage.read_queue_tokens,
+            open_transfers=self._book.num_open + self._loads.num_open,
+        )
+
+    def _close(self) -> None:
+        """Finish stores, leave the cluster, let go of everything."""
+        if self._router is not None:
+            self._router.close("ending")
+        self._engine.close()
+        self._storage.close()
+        self._peers.close()
+        self._store.close()
+
+
+def geometry_of(spec: MoverSpec) -> Geometry:
+    """The geometry in a spec. Raises ``ConfigError`` if it cannot be one."""
+    wire = spec.geometry
+    try:
+        return Geometry(
+            block_tokens=wire.block_tokens,
+            page_tokens=wire.page_tokens,
+            layer_page_bytes=wire.layer_page_bytes,
+            layout=wire.layout,
+            kv_heads=wire.kv_heads,
+            kv_dtype=wire.kv_dtype,
+        )
+    except ValueError as exc:
+        raise ConfigError(f"mover spec: {exc}") from exc
+
+
+def make_pools(
+    config: EngineConfig, geometry: Geometry, max_model_len: int
+) -> tuple[SlotPool, SlotPool]:
+    """Divide the staging memory. Raises ``ConfigError`` if the longest request would not fit."""
+    num_slots = config.staging_bytes // geometry.slot_bytes
+    num_persist = 0 if config.role == "prefill" else config.persist_slots
+    needed = geometry.num_blocks(max_model_len) + num_persist
+    if num_slots < needed:
+        raise ConfigError(
+            f"staging_bytes: {config.staging_bytes} holds {num_slots} slots of"
+            f" {geometry.slot_bytes} bytes; a prompt of max_model_len {max_model_len} and"
+            f" {num_persist} persist slots need {needed}: set staging_bytes to at least"
+            f" {needed * geometry.slot_bytes}, or lower max_model_len"
+        )
+    name = "load" if config.role == "both" else config.role
+    persist = SlotPool("persist", num_slots - num_persist, num_persist)
+    return SlotPool(name, 0, num_slots - num_persist), persist

@@ -1,0 +1,160 @@
+"""Connections to other movers: puts with an outcome each, notices, proof that a peer is dead."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vllm_dualpath.control.host import process_alive
+from vllm_dualpath.errors import ProtocolError, TransportError
+from vllm_dualpath.messages import Notice, Peer, decode_notice, encode
+from vllm_dualpath.mover.counters import Counters
+from vllm_dualpath.mover.loop import EventLoop
+from vllm_dualpath.transport.base import (
+    NoticeReceived,
+    PeerClosed,
+    PutArray,
+    PutDone,
+    Transport,
+)
+
+logger = logging.getLogger(__name__)
+
+PutCallback = Callable[[bool], None]
+
+_NOTIFY_RETRY_S = 1.0
+
+_NO_PIECES: PutArray = np.empty((0, 3), dtype=np.uint64)
+
+
+@dataclass(slots=True)
+class _Connection:
+    peer_id: int
+    open_puts: dict[int, tuple[PutCallback, float]] = field(default_factory=dict)
+    """By put id: what to call, and when it was submitted."""
+
+
+class PeerDirectory:
+    """Made lazily by boot id: a restarted peer is another peer. Owned by the loop's thread."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        loop: EventLoop,
+        own_host_id: str,
+        counters: Counters,
+        on_notice: Callable[[Notice], None],
+    ) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._own_host_id = own_host_id
+        self._counters = counters
+        self._on_notice = on_notice
+        self._current: dict[bytes, _Connection] = {}
+        """By boot id: endpoints that take new puts."""
+        self._by_peer_id: dict[int, _Connection] = {}
+        """These and the closing ones, until ``PeerClosed``: late outcomes find their callbacks."""
+        loop.watch(transport, self._poll)
+
+    def put(self, peer: Peer, pieces: PutArray, notice: Notice, done: PutCallback) -> None:
+        """Write ``pieces`` into the peer's staging memory, then deliver ``notice``.
+
+        ``done(ok)`` runs exactly once, later, on the loop.
+        """
+        try:
+            connection = self._connect(peer)
+            put_id = self._transport.put(connection.peer_id, pieces, encode(notice))
+        except TransportError as exc:
+            logger.warning("push to %s failed: %s", peer.engine_id, exc)
+            self._loop.call_later(0.0, lambda: done(False))
+            return
+        connection.open_puts[put_id] = (done, self._loop.now_s())
+
+    def notify(self, peer: Peer, notice: Notice) -> None:
+        """Deliver a notice after everything put to the peer before; repeat until it is or it died.
+
+        The notices sent this way free memory at the peer: losing one would leak its slots.
+        """
+
+        def retry(ok: bool) -> None:
+            if not ok and not self.proven_dead(peer):
+                self._loop.call_later(_NOTIFY_RETRY_S, lambda: self.notify(peer, notice))
+
+        self.put(peer, _NO_PIECES, notice, retry)
+
+    def proven_dead(self, peer: Peer) -> bool:
+        """Whether the peer's process is gone for certain. Between hosts this cannot be told."""
+        return peer.host_id == self._own_host_id and not process_alive(peer.pid, peer.pid_start)
+
+    def forget(self, boot_id: bytes) -> None:
+        """Close the endpoint to a peer that died; its open puts end as failed."""
+        connection = self._current.pop(boot_id, None)
+        if connection is not None:
+            self._transport.disconnect(connection.peer_id)
+
+    def disconnect_stalled(self, now_s: float, deadline_s: float) -> None:
+        """Close endpoints whose oldest put has made no progress for ``deadline_s``."""
+        for boot_id, connection in list(self._current.items()):
+            oldest = min((since for _, since in connection.open_puts.values()), default=now_s)
+            if now_s - oldest > deadline_s:
+                logger.warning("peer %s takes no data for %.0f s", boot_id.hex()[:12], deadline_s)
+                self.forget(boot_id)
+
+    @property
+    def num_open_puts(self) -> int:
+        return sum(len(connection.open_puts) for connection in self._by_peer_id.values())
+
+    def close(self) -> None:
+        self._loop.unwatch(self._transport)
+        self._transport.close()
+
+    def _connect(self, peer: Peer) -> _Connection:
+        connection = self._current.get(peer.boot_id)
+        if connection is None:
+            peer_id = self._transport.connect(
+                peer.address, peer.region, same_host=peer.host_id == self._own_host_id
+            )
+            connection = self._current[peer.boot_id] = _Connection(peer_id)
+            self._by_peer_id[peer_id] = connection
+        return connection
+
+    def _poll(self) -> None:
+        for event in self._transport.poll():
+            if isinstance(event, PutDone):
+                self._put_done(event)
+            elif isinstance(event, NoticeReceived):
+                self._notice(event)
+            else:
+                self._peer_closed(event)
+
+    def _put_done(self, event: PutDone) -> None:
+        for connection in self._by_peer_id.values():
+            found = connection.open_puts.pop(event.put_id, None)
+            if found is not None:
+                if not event.ok:
+                    logger.warning("push failed: %s", event.error)
+                found[0](event.ok)
+                return
+
+    def _notice(self, event: NoticeReceived) -> None:
+        try:
+            notice = decode_notice(event.payload)
+        except ProtocolError as exc:
+            self._counters.rejected_messages += 1
+            logger.warning("notice rejected: %s", exc)
+            return
+        self._on_notice(notice)
+
+    def _peer_closed(self, event: PeerClosed) -> None:
+        connection = self._by_peer_id.pop(event.peer_id, None)
+        if connection is None:
+            return
+        for boot_id in [key for key, value in self._current.items() if value is connection]:
+            logger.warning("connection to peer %s ended: %s", boot_id.hex()[:12], event.error)
+            del self._current[boot_id]
+        for callback, _ in connection.open_puts.values():
+            callback(False)
+        connection.open_puts.clear()

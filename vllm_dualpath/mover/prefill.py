@@ -1,0 +1,97 @@
+"""A transfer at the prefill side: hits come in, the engine's new pages go out."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+import numpy as np
+
+from vllm_dualpath.errors import ProtocolError
+from vllm_dualpath.messages import PagesGood, Ready, Saved
+from vllm_dualpath.mover.transfer import Transfer
+from vllm_dualpath.transport.base import PutArray
+
+logger = logging.getLogger(__name__)
+
+
+class PrefillTransfer(Transfer):
+    """Ready when the hit blocks are good; then pushes what the engine saves."""
+
+    def _staged(self) -> None:
+        self._good_blocks: set[int] = set()
+        self._staged_s = self._ports.loop.now_s()
+
+    def on_saved(self, saved: Saved) -> None:
+        """Push pages from the outgoing slots. Raises ``ProtocolError`` for pages out of range."""
+        geometry = self._ports.geometry
+        first_allowed = self._limit * geometry.pages_per_block
+        num_pages = geometry.num_pages(self._num_tokens)
+        if self._stage is None or not (
+            first_allowed <= saved.first_page < saved.last_page <= num_pages
+            and saved.layer < geometry.num_layers
+        ):
+            raise ProtocolError(f"transfer {self.key}: saved pages out of range: {saved}")
+        if self._ending and not self._drain:
+            return
+        notice = PagesGood(
+            self.key, self.peer.boot_id, saved.layer, saved.first_page, saved.last_page
+        )
+        pieces = self._page_pieces(saved)
+        self._open_puts += 1
+        num_bytes = int(pieces[:, 2].sum())
+        self._ports.peers.put(self.peer, pieces, notice, partial(self._pages_put, num_bytes))
+
+    def _page_pieces(self, saved: Saved) -> PutArray:
+        """One piece a block: its pages of a layer are adjacent."""
+        geometry = self._ports.geometry
+        per_block = geometry.pages_per_block
+        pieces = []
+        page = saved.first_page
+        while page < saved.last_page:
+            block, page_in_block = divmod(page, per_block)
+            count = min(per_block - page_in_block, saved.last_page - page)
+            offset = geometry.page_offset(saved.layer, page_in_block)
+            remote = self.peer.staging_address + self.peer.slots[block] * geometry.slot_bytes
+            pieces.append(
+                (
+                    self._ports.slot_address(self._slots[block]) + offset,
+                    remote + offset,
+                    count * geometry.layer_page_bytes[saved.layer],
+                )
+            )
+            page += count
+        return np.array(pieces, dtype=np.uint64)
+
+    def _pages_put(self, num_bytes: int, ok: bool) -> None:
+        self._open_puts -= 1
+        if ok:
+            self._ports.counters.push_to_decode_bytes += num_bytes
+        else:
+            self.fail("peer_lost")
+        self._progress()
+
+    def _mark_block(self, block: int) -> None:
+        self._good_blocks.add(block)
+
+    def _mark_pages(self, notice: PagesGood) -> None:
+        # Pages travel from prefill to decode only.
+        self._ports.counters.rejected_messages += 1
+        logger.warning("transfer %s: unexpected %s", self.key, type(notice).__name__)
+
+    def _cut(self) -> None:
+        self._good_blocks = {block for block in self._good_blocks if block < self._limit}
+
+    def _check_good(self) -> None:
+        if self._cut_owed or len(self._good_blocks) < self._limit:
+            return
+        if self._reader is not None and not self._reader.is_quiet_from(self._limit):
+            return
+        if self._publish(self._limit):
+            now = self._ports.loop.now_s()
+            self._ports.counters.stage_seconds.append(now - self._staged_s)
+            self._ports.tell_router(Ready(self.key, self._limit))
+
+    def _peer_writes(self) -> bool:
+        assert self._stage is not None
+        return any(segment.reader == self.peer.engine_id for segment in self._stage.segments)

@@ -1,0 +1,135 @@
+"""The router as a whole: parts put together, started, stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import signal
+
+from aiohttp import web
+
+from vllm_dualpath.config import RouterConfig
+from vllm_dualpath.control.bus import RouterSocket
+from vllm_dualpath.errors import ConfigError
+from vllm_dualpath.policy import make_policy
+from vllm_dualpath.router.cluster import Cluster
+from vllm_dualpath.router.flow import Core
+from vllm_dualpath.router.http import Handlers
+from vllm_dualpath.router.movers import Movers
+from vllm_dualpath.router.placing import Placer
+from vllm_dualpath.router.telemetry import Telemetry
+from vllm_dualpath.router.tokenize import ModelNames
+from vllm_dualpath.router.upstream import Upstream
+
+logger = logging.getLogger(__name__)
+
+_SHUTDOWN_S = 2.0
+
+
+class Router:
+    """One router process's parts. ``start``, then ``stop``; both in the same event loop."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        self.config = config
+        self.cluster = Cluster()
+        self._exit = contextlib.AsyncExitStack()
+        self._failed: asyncio.Future[None] | None = None
+
+    async def start(self) -> None:
+        """Listen on both addresses. Raises ``ConfigError`` when one of them is taken."""
+        try:
+            await self._start()
+        except BaseException:
+            await self._exit.aclose()
+            raise
+
+    async def stop(self) -> None:
+        """Take no more requests, end open transfers, and let go of both addresses."""
+        await self._exit.aclose()
+
+    async def run(self) -> None:
+        """Serve until cancelled. Raises what ended one of the router's own tasks."""
+        assert self._failed is not None, "start the router first"
+        await self._failed
+
+    async def _start(self) -> None:
+        config = self.config
+        self._failed = asyncio.get_running_loop().create_future()
+        socket = RouterSocket(config.control, config.keys)
+        self._exit.callback(socket.close)
+        movers = Movers(socket, self.cluster, config.heartbeat_s, config.deadlines.stuck_warning_s)
+        upstream = Upstream(self.cluster)
+        self._exit.push_async_callback(upstream.close)
+        telemetry = Telemetry(self.cluster)
+        policy = make_policy(config.mode, config.split_fraction)
+        placer = Placer(self.cluster, policy, telemetry)
+        names = ModelNames(upstream)
+        core = Core(config, self.cluster, movers, upstream, placer, names, telemetry)
+        tasks = [*movers.tasks(), asyncio.create_task(upstream.probe_forever())]
+        for task in tasks:
+            task.add_done_callback(self._task_ended)
+        self._exit.push_async_callback(_cancel, tasks)
+        self._exit.push_async_callback(movers.flush, 1.0)
+        await self._listen(Handlers(core).application())
+        logger.info(
+            "router (%s) serves http://%s, movers at %s", config.mode, config.listen, config.control
+        )
+
+    async def _listen(self, app: web.Application) -> None:
+        runner = web.AppRunner(
+            app, access_log=None, handler_cancellation=True, shutdown_timeout=_SHUTDOWN_S
+        )
+        await runner.setup()
+        self._exit.push_async_callback(runner.cleanup)
+        host, port = _host_and_port(self.config.listen)
+        try:
+            await web.TCPSite(runner, host, port).start()
+        except OSError as exc:
+            taken = exc.errno == errno.EADDRINUSE
+            advice = "another process listens there; choose another port" if taken else str(exc)
+            raise ConfigError(f"listen {self.config.listen}: cannot listen: {advice}") from exc
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        failed = self._failed
+        if task.cancelled() or failed is None or failed.done():
+            return
+        failed.set_exception(task.exception() or RuntimeError(f"{task.get_name()} ended"))
+
+
+def run_router(config: RouterConfig) -> None:
+    """Serve until SIGTERM or SIGINT. Raises ``ConfigError`` when the router cannot start."""
+    asyncio.run(_serve(config))
+
+
+async def _serve(config: RouterConfig) -> None:
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    router = Router(config)
+    await router.start()
+    running = asyncio.create_task(router.run())
+    stopping = asyncio.create_task(stopped.wait())
+    try:
+        await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            running.result()
+        logger.info("router stops")
+    finally:
+        await _cancel([running, stopping])
+        await router.stop()
+
+
+async def _cancel(tasks: list[asyncio.Task[None]] | list[asyncio.Task[object]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"listen: expected host:port, found {address!r}")
+    return host.strip("[]"), int(port)

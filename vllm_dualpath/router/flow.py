@@ -1,0 +1,276 @@
+"""The life of one generation request in the router: plan, attempts, both legs, fallbacks.
+
+Every way out ends the transfer at both movers, and answers the client unless the client has left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import web
+
+from vllm_dualpath.config import RouterConfig
+from vllm_dualpath.errors import PeerLost
+from vllm_dualpath.messages import LegParams, TransferKey
+from vllm_dualpath.router.cluster import Cluster
+from vllm_dualpath.router.eligibility import alone_reason
+from vllm_dualpath.router.engine import Assignment, Engine
+from vllm_dualpath.router.legs import (
+    decode_leg,
+    leg_headers,
+    prefill_leg,
+    without_params,
+)
+from vllm_dualpath.router.movers import Movers
+from vllm_dualpath.router.placing import MAX_ATTEMPTS, Placement, Placer
+from vllm_dualpath.router.relay import error_response, relay
+from vllm_dualpath.router.telemetry import Telemetry
+from vllm_dualpath.router.tokenize import ModelNames, Rejected, token_ids_of
+from vllm_dualpath.router.transfer import Transfer
+from vllm_dualpath.router.upstream import JSON_HEADERS, Upstream, to_json
+from vllm_dualpath.router.usage import reported_cached_tokens
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Core:
+    """The router's parts, as a request needs them."""
+
+    config: RouterConfig
+    cluster: Cluster
+    movers: Movers
+    upstream: Upstream
+    placer: Placer
+    names: ModelNames
+    telemetry: Telemetry
+
+
+class Flow:
+    """One request. ``run`` is called once."""
+
+    def __init__(self, core: Core, request: web.Request, raw: bytes) -> None:
+        self._core = core
+        self._request = request
+        self._path = request.path
+        self._headers = leg_headers(request.headers)
+        self._body = _parse(raw)
+        self._raw = raw
+        self._outcome = "failed"
+
+    async def run(self) -> web.StreamResponse:
+        """Answer the request."""
+        try:
+            return await self._answer()
+        except (asyncio.CancelledError, ConnectionError):
+            # The client has left.
+            self._outcome = "cancelled"
+            raise
+        finally:
+            self._core.telemetry.requests.labels(self._outcome).inc()
+
+    async def _answer(self) -> web.StreamResponse:
+        if not await self._core.cluster.wait_for_decode(self._core.config.engine_wait_s):
+            return await self._alone("no decode engine is registered")
+        body = self._body
+        reason = "the body is no JSON object" if body is None else alone_reason(body)
+        if body is None or reason:
+            return await self._alone(reason)
+        ids = await self._token_ids(body)
+        if isinstance(ids, Rejected):
+            self._outcome = "rejected"
+            return _pass_on(ids.status, ids.content_type, ids.body)
+        if ids is None:
+            return await self._alone("no prefill engine, another model, or no token ids")
+        return await self._with_transfer(body, ids)
+
+    async def _token_ids(self, body: dict[str, Any]) -> list[int] | Rejected | None:
+        groups = self._core.cluster.pair_groups()
+        engine = self._core.cluster.least_loaded_decode()
+        if not groups or engine is None:
+            return None
+        now_s = asyncio.get_running_loop().time()
+        if not await self._core.names.is_base(body.get("model"), engine, self._headers, now_s):
+            return None
+        clean = without_params(body)
+        return await token_ids_of(self._core.upstream, engine, self._path, clean, self._headers)
+
+    # --- with a transfer ---
+
+    async def _with_transfer(self, body: dict[str, Any], ids: Sequence[int]) -> web.StreamResponse:
+        salt, num_releases = body.get("cache_salt"), body.get("n") or 1
+        try:
+            placement = self._core.placer.first(ids, salt, num_releases)
+        except ValueError:
+            return await self._alone("token ids that no model has")
+        transfer_id = secrets.token_bytes(16)
+        for attempt in range(MAX_ATTEMPTS):
+            if placement is None or _too_long(body, ids, placement.decode):
+                break
+            transfer = self._open(TransferKey(transfer_id, attempt), placement)
+            response = await self._attempt(transfer, body, ids)
+            if response is not None:
+                return response
+            if transfer.failure is None or transfer.leg_sent:
+                return await self._alone("the prefill leg or its commit failed", placement.decode)
+            placement = self._core.placer.after(transfer, attempt + 1, ids, salt)
+        preferred = None if placement is None else placement.decode
+        return await self._alone("no pair of engines can take it", preferred)
+
+    def _open(self, key: TransferKey, placement: Placement) -> Transfer:
+        transfer = Transfer(
+            key,
+            placement.prompt,
+            placement.plan,
+            placement.prefill,
+            placement.decode,
+            self._core.movers.send,
+            self._core.config.deadlines,
+        )
+        self._core.cluster.open(transfer)
+        block_tokens = placement.decode.hello.geometry.block_tokens
+        for segment in placement.plan.segments:
+            role = "prefill" if segment.reader == placement.prefill.engine_id else "decode"
+            planned = self._core.telemetry.planned_tokens.labels(role)
+            planned.inc(segment.num_blocks * block_tokens)
+        return transfer
+
+    async def _attempt(
+        self, transfer: Transfer, body: dict[str, Any], ids: Sequence[int]
+    ) -> web.StreamResponse | None:
+        """One attempt; ``None`` when something else has to be tried. The transfer is ended."""
+        decode_load = Assignment(transfer.decode, len(ids))
+        prefill_load = Assignment(transfer.prefill, len(ids))
+        drain, reason = False, "the client has left"
+        try:
+            transfer.start()
+            reason = "another attempt"
+            if not await transfer.wait_ready():
+                return None
+            leg = await self._prefill(transfer, body, ids)
+            prefill_load.release()
+            if leg is None:
+                return None
+            status, content_type, content = leg
+            if status != 200:
+                self._outcome = reason = "rejected"
+                return _pass_on(status, content_type, content)
+            if not await transfer.wait_committed():
+                return None
+            transfer.end_prefill(drain=True, reason="committed")
+            cached = max(
+                transfer.num_hit_blocks * transfer.decode.hello.geometry.block_tokens,
+                reported_cached_tokens(content),
+            )
+            response = await self._decode(transfer, body, ids, cached)
+            drain, reason = response is not None, "done"
+            return response
+        finally:
+            prefill_load.release()
+            decode_load.release()
+            self._core.cluster.close(transfer, drain=drain, reason=reason)
+
+    async def _prefill(
+        self, transfer: Transfer, body: dict[str, Any], ids: Sequence[int]
+    ) -> tuple[int, str, bytes] | None:
+        """The prefill leg; ``None`` when it failed, or the transfer did meanwhile."""
+        transfer.leg_sent = True
+        params = _params(transfer, transfer.prefill, len(ids))
+        leg = asyncio.create_task(
+            self._core.upstream.fetch(
+                transfer.prefill, self._path, self._headers, prefill_leg(body, params, ids)
+            )
+        )
+        failed = asyncio.create_task(transfer.wait_failed())
+        try:
+            await asyncio.wait({leg, failed}, return_when=asyncio.FIRST_COMPLETED)
+            if not leg.done():
+                return None
+            result = leg.result()
+            if result[0] < 500:
+                return result
+            transfer.fail(f"prefill leg: status {result[0]}", transfer.prefill.engine_id)
+        except PeerLost as exc:
+            transfer.fail(f"prefill leg: {exc}", transfer.prefill.engine_id)
+        finally:
+            for task in (leg, failed):
+                task.cancel()
+            await asyncio.gather(leg, failed, return_exceptions=True)
+        return None
+
+    async def _decode(
+        self, transfer: Transfer, body: dict[str, Any], ids: Sequence[int], cached_tokens: int
+    ) -> web.StreamResponse | None:
+        params = _params(transfer, transfer.decode, len(ids))
+        data = to_json(decode_leg(body, params, ids))
+        headers = {**self._headers, **JSON_HEADERS}
+        try:
+            answer = await self._core.upstream.ask(
+                transfer.decode, "POST", self._path, headers, data
+            )
+        except PeerLost as exc:
+            transfer.fail(f"decode leg: {exc}", transfer.decode.engine_id)
+            return None
+        self._outcome = "transferred" if answer.status < 400 else "rejected"
+        return await relay(self._request, answer, cached_tokens)
+
+    # --- without ---
+
+    async def _alone(self, reason: str, preferred: Engine | None = None) -> web.StreamResponse:
+        """Let one decode engine handle the request by itself; another one if it does not answer."""
+        logger.debug("request %s goes alone: %s", self._headers["X-Request-Id"], reason)
+        tried: set[Engine] = set()
+        engine = preferred or self._core.cluster.least_loaded_decode()
+        if engine is None:
+            return error_response(503, "NoEngine", f"{reason}; try again later")
+        while engine is not None:
+            tried.add(engine)
+            load = Assignment(engine, 0)
+            try:
+                headers = {**self._headers, **JSON_HEADERS}
+                answer = await self._core.upstream.ask(
+                    engine, "POST", self._path, headers, self._clean_raw()
+                )
+                self._outcome = "alone" if answer.status < 400 else "rejected"
+                return await relay(self._request, answer)
+            except PeerLost as exc:
+                logger.warning("%s", exc)
+            finally:
+                load.release()
+            engine = self._core.cluster.least_loaded_decode(excluded=tried)
+        return error_response(502, "EngineLost", "no decode engine answered; try again")
+
+    def _clean_raw(self) -> bytes:
+        """The client's own bytes, unless the router's field is in them."""
+        if self._body is None:
+            return self._raw
+        clean = without_params(self._body)
+        return self._raw if clean == self._body else to_json(clean)
+
+
+def _params(transfer: Transfer, engine: Engine, num_tokens: int) -> LegParams:
+    return LegParams.make(engine.boot_id, transfer.key, transfer.num_hit_blocks, num_tokens)
+
+
+def _pass_on(status: int, content_type: str, content: bytes) -> web.Response:
+    return web.Response(status=status, body=content, headers={"Content-Type": content_type})
+
+
+def _parse(raw: bytes) -> dict[str, Any] | None:
+    try:
+        body = json.loads(raw)
+    except ValueError:
+        return None
+    return body if isinstance(body, dict) else None
+
+
+def _too_long(body: dict[str, Any], ids: Sequence[int], engine: Engine) -> bool:
+    """VLLM will refuse it, or shorten the answer; neither is worth a transfer."""
+    wanted = body.get("max_completion_tokens") or body.get("max_tokens") or 0
+    return len(ids) + wanted > engine.hello.max_model_len

@@ -1,0 +1,111 @@
+"""The router's HTTP server: which path goes where. Generation is ``flow.py``; the rest passes through."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncIterator
+
+from aiohttp import web
+
+from vllm_dualpath.errors import PeerLost
+from vllm_dualpath.router.engine import Engine
+from vllm_dualpath.router.flow import Core, Flow
+from vllm_dualpath.router.legs import PARAMS_FIELD, without_params
+from vllm_dualpath.router.relay import end_to_end, error_response, relay
+from vllm_dualpath.router.status import status_of
+from vllm_dualpath.router.upstream import to_json
+
+logger = logging.getLogger(__name__)
+
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_STATUS_WAIT_S = 1.0
+
+
+class Handlers:
+    """Request handlers over the router's parts."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    def application(self) -> web.Application:
+        """The aiohttp application; paths not named here pass through."""
+        app = web.Application(
+            client_max_size=self._core.config.max_body_bytes, middlewares=[_errors_as_json]
+        )
+        app.router.add_post("/v1/completions", self.generate)
+        app.router.add_post("/v1/chat/completions", self.generate)
+        app.router.add_get("/health", self.health)
+        app.router.add_get("/metrics", self.metrics)
+        app.router.add_get("/dualpath/status", self.status)
+        app.router.add_route("*", "/{path:.*}", self.pass_through)
+        return app
+
+    async def generate(self, request: web.Request) -> web.StreamResponse:
+        return await Flow(self._core, request, await request.read()).run()
+
+    async def health(self, _request: web.Request) -> web.Response:
+        counts = {role: len(self._core.cluster.usable(role)) for role in ("prefill", "decode")}
+        if counts["decode"]:
+            return web.json_response({"status": "ok", **counts})
+        reason = "no decode engine serves; start one, or wait until it has loaded its model"
+        return web.json_response({"status": "unavailable", "reason": reason, **counts}, status=503)
+
+    async def metrics(self, _request: web.Request) -> web.Response:
+        return web.Response(
+            body=self._core.telemetry.render(), headers={"Content-Type": _METRICS_TYPE}
+        )
+
+    async def status(self, _request: web.Request) -> web.Response:
+        await self._core.movers.fresh_loads(_STATUS_WAIT_S)
+        return web.json_response(status_of(self._core))
+
+    async def pass_through(self, request: web.Request) -> web.StreamResponse:
+        """Any other request, to a decode engine, or to a prefill engine where there is none."""
+        await self._core.cluster.wait_for_decode(self._core.config.engine_wait_s)
+        engine = self._engine()
+        if engine is None:
+            return error_response(503, "NoEngine", "no engine is registered; try again later")
+        data = await self._body(request)
+        try:
+            answer = await self._core.upstream.ask(
+                engine, request.method, str(request.rel_url), end_to_end(request.headers), data
+            )
+        except PeerLost as exc:
+            logger.warning("%s", exc)
+            return error_response(502, "EngineLost", f"engine {engine.engine_id} did not answer")
+        return await relay(request, answer)
+
+    def _engine(self) -> Engine | None:
+        prefill = self._core.cluster.usable("prefill")
+        return self._core.cluster.least_loaded_decode() or next(iter(prefill), None)
+
+    async def _body(self, request: web.Request) -> bytes | AsyncIterator[bytes] | None:
+        """The body as it comes; JSON is looked at, because only the router gives transfer parameters."""
+        if not request.can_read_body:
+            return None
+        if "json" not in request.content_type:
+            return request.content.iter_any()
+        raw = await request.read()
+        try:
+            body = json.loads(raw)
+        except ValueError:
+            return raw
+        if not isinstance(body, dict) or without_params(body) == body:
+            return raw
+        logger.debug("%s of a client dropped", PARAMS_FIELD)
+        return to_json(without_params(body))
+
+
+@web.middleware
+async def _errors_as_json(request: web.Request, handler: web.Handler) -> web.StreamResponse:
+    """Our server's own errors (body too large, a bug) in the form clients of OpenAI's API expect."""
+    try:
+        return await handler(request)
+    except web.HTTPException as exc:
+        return error_response(exc.status, type(exc).__name__, exc.text or exc.reason)
+    except (ConnectionError, TimeoutError):
+        raise
+    except Exception:
+        logger.exception("%s %s failed", request.method, request.path)
+        return error_response(500, "InternalServerError", "the router failed; see its log")

@@ -1,0 +1,236 @@
+"""The router's conversation with the movers: registration, heartbeats, and messages both ways.
+
+One task receives, one sends, one looks at clocks. What a mover says is checked here and acted on elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+
+from vllm_dualpath.control.bus import RouterSocket
+from vllm_dualpath.errors import PeerLost, ProtocolError
+from vllm_dualpath.messages import (
+    PROTOCOL_VERSION,
+    Dropped,
+    Goodbye,
+    Hello,
+    Load,
+    Message,
+    MoverMessage,
+    PeerDied,
+    Ping,
+    Refused,
+    SnapshotEnd,
+    Stored,
+    Welcome,
+    decode_mover_message,
+    encode,
+)
+from vllm_dualpath.router.cluster import Cluster
+from vllm_dualpath.router.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+_MISSED_HEARTBEATS = 3
+_FORGET_TRANSFER_FACTOR = 20.0
+"""Times ``stuck_warning_s`` after which a transfer whose movers never said ``Ended`` is let go."""
+
+
+class Movers:
+    """See the module's docstring."""
+
+    def __init__(
+        self, socket: RouterSocket, cluster: Cluster, heartbeat_s: float, stuck_warning_s: float
+    ) -> None:
+        self._socket = socket
+        self._cluster = cluster
+        self._heartbeat_s = heartbeat_s
+        self._stuck_warning_s = stuck_warning_s
+        self._boot_id = secrets.token_bytes(16)
+        self._new_boot_ids: dict[bytes, bytes] = {}
+        """Movers that were given up for silence: to them this router is another one from then on."""
+        self._outbox: asyncio.Queue[tuple[bytes, bytes]] = asyncio.Queue()
+        self._loads_changed = asyncio.Event()
+
+    def tasks(self) -> list[asyncio.Task[None]]:
+        """Start the three loops."""
+        loops = {"receive": self._receive, "send": self._send_all, "watch": self._watch}
+        return [
+            asyncio.create_task(loop(), name=f"dualpath-movers-{name}")
+            for name, loop in loops.items()
+        ]
+
+    async def flush(self, timeout_s: float) -> None:
+        """Give queued messages, such as ``End`` while stopping, a chance to leave."""
+        try:
+            await asyncio.wait_for(self._outbox.join(), timeout_s)
+        except TimeoutError:
+            logger.warning("stopping with %d unsent messages to movers", self._outbox.qsize())
+
+    def send(self, engine: Engine, message: Message) -> None:
+        """Queue one message; order is kept, to one engine and between engines."""
+        self._post(engine.boot_id, message)
+
+    async def fresh_loads(self, timeout_s: float) -> None:
+        """Ask every mover for its ``Load`` and wait until all have answered, or ``timeout_s``."""
+        asked = {engine: engine.num_loads for engine in self._cluster.engines}
+        for engine in asked:
+            self.send(engine, Ping())
+        loop = asyncio.get_running_loop()
+        ends_s = loop.time() + timeout_s
+        while any(e.num_loads == before and not e.lost.is_set() for e, before in asked.items()):
+            left_s = ends_s - loop.time()
+            if left_s <= 0:
+                return
+            self._loads_changed.clear()
+            try:
+                await asyncio.wait_for(self._loads_changed.wait(), left_s)
+            except TimeoutError:
+                return
+
+    # --- receiving ---
+
+    async def _receive(self) -> None:
+        while True:
+            identity, payload = await self._socket.recv()
+            try:
+                message = decode_mover_message(payload)
+                self._take(identity, message)
+            except ProtocolError as exc:
+                self._cluster.rejected_messages += 1
+                logger.warning("message from mover %s rejected: %s", identity.hex()[:12], exc)
+            except Exception:
+                # One message must not end the conversation with all movers.
+                self._cluster.rejected_messages += 1
+                logger.exception("message from mover %s failed", identity.hex()[:12])
+
+    def _take(self, identity: bytes, message: MoverMessage) -> None:
+        if isinstance(message, Hello):
+            self._on_hello(identity, message)
+            return
+        engine = self._cluster.by_boot_id(identity)
+        if engine is None:
+            # Welcomed by a router before this one, or given up for silence: another router boot id
+            # makes it end its transfers and say Hello again.
+            if not isinstance(message, Goodbye):
+                self._post(identity, self._welcome(identity, send_snapshot=False))
+            return
+        engine.last_seen_s = asyncio.get_running_loop().time()
+        if isinstance(message, Load):
+            self._on_load(engine, message)
+        elif isinstance(message, Goodbye):
+            self._remove(engine, f"said goodbye: {message.reason}", logging.INFO)
+        elif isinstance(message, Stored):
+            self._on_stored(engine, message)
+        elif isinstance(message, Dropped):
+            self._cluster.stores.dropped(engine, message)
+        elif isinstance(message, SnapshotEnd):
+            self._cluster.stores.snapshot_ended(engine)
+        else:
+            self._cluster.deliver(engine, message.key, message)
+
+    def _on_hello(self, identity: bytes, hello: Hello) -> None:
+        if identity != hello.boot_id:
+            raise ProtocolError(
+                f"Hello of {hello.engine_id} with another boot id than its socket's"
+            )
+        refusal = self._cluster.refusal(hello)
+        if refusal:
+            logger.error("engine %s refused: %s", hello.engine_id, refusal)
+            self._post(identity, Refused(refusal))
+            return
+        known = self._cluster.by_id(hello.engine_id)
+        if known is not None and _must_restart(known.hello, hello):
+            self._remove(known, "registered again", logging.INFO)
+        engine = self._cluster.join(hello, asyncio.get_running_loop().time())
+        state = self._cluster.stores.state(hello)
+        send_snapshot = state.needs_snapshot()
+        if send_snapshot:
+            state.begin_snapshot(engine)
+        self._post(identity, self._welcome(identity, send_snapshot))
+        logger.info("engine %s (%s) at %s joined", hello.engine_id, hello.role, hello.url)
+
+    def _on_load(self, engine: Engine, message: Load) -> None:
+        engine.heartbeat(message.stats, asyncio.get_running_loop().time())
+        self._loads_changed.set()
+
+    def _on_stored(self, engine: Engine, message: Stored) -> None:
+        self._cluster.stores.stored(engine, message)
+        for order in self._cluster.stores.evictions(engine, self._cluster.is_pinned):
+            self.send(engine, order)
+
+    def _welcome(self, identity: bytes, send_snapshot: bool) -> Welcome:
+        boot_id = self._new_boot_ids.get(identity, self._boot_id)
+        return Welcome(PROTOCOL_VERSION, boot_id, self._heartbeat_s, send_snapshot)
+
+    def _remove(self, engine: Engine, why: str, level: int, *, silently: bool = False) -> None:
+        logger.log(level, "engine %s is out of the cluster: %s", engine.engine_id, why)
+        self._cluster.leave(engine, silently=silently)
+        for other in self._cluster.engines:
+            self.send(other, PeerDied(engine.engine_id, engine.boot_id))
+        self._ask_for_missing_snapshots()
+
+    def _ask_for_missing_snapshots(self) -> None:
+        for engine in self._cluster.engines:
+            state = self._cluster.stores.state(engine.hello)
+            if state.needs_snapshot():
+                state.begin_snapshot(engine)
+                self.send(engine, self._welcome(engine.boot_id, True))
+
+    # --- sending and watching ---
+
+    def _post(self, identity: bytes, message: Message) -> None:
+        self._outbox.put_nowait((identity, encode(message)))
+
+    async def _send_all(self) -> None:
+        while True:
+            identity, payload = await self._outbox.get()
+            try:
+                await self._socket.send(identity, payload)
+            except PeerLost as exc:
+                # Its silence takes it out of the cluster; until then it may be reconnecting.
+                logger.debug("message not sent: %s", exc)
+            finally:
+                self._outbox.task_done()
+
+    async def _watch(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self._heartbeat_s / 2)
+            limit_s = _MISSED_HEARTBEATS * self._heartbeat_s
+            for engine in self._cluster.silent(loop.time(), limit_s):
+                self._new_boot_ids[engine.boot_id] = secrets.token_bytes(16)
+                self._remove(
+                    engine, f"no heartbeat for {limit_s:.1f} s", logging.WARNING, silently=True
+                )
+            self._warn_of_stuck(loop.time())
+            self._cluster.forget_finished()
+
+    def _warn_of_stuck(self, now_s: float) -> None:
+        for key, transfer in list(self._cluster.transfers.items()):
+            age_s = now_s - transfer.opened_s
+            if age_s > self._stuck_warning_s and not transfer.warned:
+                transfer.warned = True
+                logger.warning(
+                    "transfer %s is open for %.0f s: %s, prefill %s, decode %s",
+                    key,
+                    age_s,
+                    transfer.describe(),
+                    transfer.prefill.engine_id,
+                    transfer.decode.engine_id,
+                )
+            if transfer.ending and age_s > _FORGET_TRANSFER_FACTOR * self._stuck_warning_s:
+                del self._cluster.transfers[key]
+
+
+def _must_restart(known: Hello, hello: Hello) -> bool:
+    """Whether a Hello of a known engine changes what its open transfers and blocks rest on."""
+    return (known.boot_id, known.root, known.address, known.region, known.store) != (
+        hello.boot_id,
+        hello.root,
+        hello.address,
+        hello.region,
+        hello.store,
+    )

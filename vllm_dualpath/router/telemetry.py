@@ -1,0 +1,49 @@
+"""The router's own metrics, made from the table in ``metrics.py``."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from vllm_dualpath import metrics
+from vllm_dualpath.router.cluster import Cluster
+
+
+class Telemetry:
+    """Counts what happens; ``render`` adds what is."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._registry = CollectorRegistry()
+        self.requests = self._counter(metrics.ROUTER_REQUESTS)
+        self.attempts_failed = self._counter(metrics.ROUTER_ATTEMPTS_FAILED)
+        self.planned_tokens = self._counter(metrics.ROUTER_PLANNED_TOKENS)
+        self._rejected = self._counter(metrics.ROUTER_REJECTED_MESSAGES)
+        self._queue = Gauge(
+            metrics.STORAGE_NIC_QUEUE_TOKENS.name,
+            metrics.STORAGE_NIC_QUEUE_TOKENS.help,
+            metrics.STORAGE_NIC_QUEUE_TOKENS.labels,
+            registry=self._registry,
+        )
+        self.decision_seconds = Histogram(
+            metrics.ROUTER_DECISION_SECONDS.name,
+            metrics.ROUTER_DECISION_SECONDS.help,
+            buckets=metrics.ROUTER_DECISION_SECONDS.buckets or Histogram.DEFAULT_BUCKETS,
+            registry=self._registry,
+        )
+        for outcome in metrics.REQUEST_OUTCOMES:
+            self.requests.labels(outcome)
+        for role in ("prefill", "decode"):
+            self.planned_tokens.labels(role)
+        self._num_rejected = 0
+
+    def render(self) -> bytes:
+        """The text of ``/metrics``."""
+        self._queue.clear()
+        for engine in self._cluster.engines:
+            self._queue.labels(engine.engine_id).set(engine.read_queue_tokens)
+        self._rejected.inc(self._cluster.rejected_messages - self._num_rejected)
+        self._num_rejected = self._cluster.rejected_messages
+        return generate_latest(self._registry)
+
+    def _counter(self, metric: metrics.Metric) -> Counter:
+        return Counter(metric.name, metric.help, metric.labels, registry=self._registry)

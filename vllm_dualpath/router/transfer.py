@@ -1,0 +1,335 @@
+"""One attempt of one transfer, seen from the router: docs/protocol.md as a state machine.
+
+Fed with movers' messages and with the time; talks through ``send``. No sockets, no HTTP, no other transfers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from vllm_dualpath.config import Deadlines
+from vllm_dualpath.messages import (
+    Committed,
+    Cut,
+    CutDone,
+    End,
+    Ended,
+    Message,
+    Peer,
+    PeerStopped,
+    Ready,
+    Reserve,
+    Reserved,
+    SegmentDone,
+    SegmentSpec,
+    Stage,
+    TransferFailed,
+    TransferKey,
+)
+from vllm_dualpath.plan import ReadPlan
+from vllm_dualpath.router.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+Send = Callable[[Engine, Message], None]
+
+_IDLE_FACTOR = 2.0
+"""Movers watch the same deadlines more closely; the router steps in only where a mover did not."""
+_TOTAL_FACTOR = 10.0
+"""Progress of a mover may be another transfer's: after this many deadlines it counts no more."""
+
+
+class State(Enum):
+    """Where the attempt is; the order is the order of the good case."""
+
+    RESERVING_DECODE = "reserving decode slots"
+    RESERVING_PREFILL = "reserving prefill slots"
+    STAGING = "staging"
+    READY = "ready, prefill leg"
+    COMMITTED = "committed, decode leg"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a transfer moves: the prompt, its blocks' hashes and how often it is taken."""
+
+    num_tokens: int
+    root: bytes
+    block_hashes: tuple[bytes, ...]
+    digest: bytes
+    num_releases: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an attempt is over, and whose fault it is where that is known."""
+
+    reason: str
+    engine_id: str = ""
+
+
+class Transfer:
+    """See the module's docstring. Everything runs in the event loop's thread."""
+
+    def __init__(
+        self,
+        key: TransferKey,
+        prompt: Prompt,
+        plan: ReadPlan,
+        prefill: Engine,
+        decode: Engine,
+        send: Send,
+        deadlines: Deadlines,
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self.key = key
+        self.prompt = prompt
+        self.plan = plan
+        self.prefill = prefill
+        self.decode = decode
+        self.state = State.RESERVING_DECODE
+        self.failure: Failure | None = None
+        self.num_hit_blocks = plan.num_hit_blocks
+        self.opened_s = loop.time()
+        self.warned = False
+        self._send = send
+        self._deadlines = deadlines
+        self._clock = loop.time
+        self._state_since_s = self.opened_s
+        self._last_message_s = self.opened_s
+        self._decode_slots: tuple[int, ...] = ()
+        self._changed = asyncio.Event()
+        self._staged = False
+        self._open_sides = {prefill.boot_id: prefill, decode.boot_id: decode}
+        self._unended = dict(self._open_sides)
+        self._queued_reads: dict[str, int] = {}
+
+    # --- the router's side ---
+
+    def start(self) -> None:
+        """Queue the reads in the bookkeeping and ask the decode mover for slots."""
+        for segment in self.plan.segments:
+            tokens = segment.num_blocks * self.decode.hello.geometry.block_tokens
+            self._engine(segment.reader).read_queue_tokens += tokens
+            self._queued_reads[segment.reader] = self._queued_reads.get(segment.reader, 0) + tokens
+        self._send(self.decode, Reserve(self.key, "decode", self.prompt.num_tokens))
+
+    async def wait_ready(self) -> bool:
+        """Wait until the prefill side has published its hit blocks; False when the attempt failed."""
+        while self.state in _BEFORE_READY:
+            idle_s = self._idle_left_s()
+            if idle_s <= 0:
+                self.fail(f"stalled while {self.state.value}", self._suspect())
+                break
+            await self._wait_for_change(idle_s)
+        return self.failure is None
+
+    async def wait_committed(self) -> bool:
+        """Wait for the decode side's commit, at most ``commit_s``; False when it does not come."""
+        ends_s = self._clock() + self._deadlines.commit_s
+        while self.state is State.READY:
+            left_s = ends_s - self._clock()
+            if left_s <= 0:
+                self.fail("no commit in time")
+                break
+            await self._wait_for_change(left_s)
+        return self.state is State.COMMITTED
+
+    async def wait_failed(self) -> None:
+        """Return when the attempt has failed; for racing against a leg."""
+        while self.failure is None:
+            await self._wait_for_change(None)
+
+    def fail(self, reason: str, engine_id: str = "") -> None:
+        """The attempt is over; whoever waits wakes up. The caller of ``start`` ends it."""
+        if self.failure is not None:
+            return
+        self.failure = Failure(reason, engine_id)
+        logger.debug("transfer %s: failed while %s: %s", self.key, self.state.value, reason)
+        self._enter(State.FAILED)
+
+    def end_prefill(self, *, drain: bool, reason: str) -> None:
+        self._end(self.prefill, drain, reason)
+
+    def end(self, *, drain: bool, reason: str) -> None:
+        """End whatever is not ended yet at both movers. Idempotent."""
+        if self.failure is None and self.state is not State.COMMITTED:
+            self.fail(reason)
+        self._end(self.prefill, drain, reason)
+        self._end(self.decode, drain, reason)
+        for reader in list(self._queued_reads):
+            self._reads_done(reader)
+
+    @property
+    def finished(self) -> bool:
+        """Both movers have reported, or lost, all slots."""
+        return not self._open_sides and not self._unended
+
+    @property
+    def ending(self) -> bool:
+        """Nothing is asked of the movers any more but to report their ends."""
+        return not self._open_sides
+
+    def describe(self) -> str:
+        """State, for a log line."""
+        waiting = ", ".join(engine.engine_id for engine in self._unended.values())
+        return f"waiting for the end at {waiting}" if self.ending else self.state.value
+
+    # --- the movers' side ---
+
+    def on_message(self, sender: Engine, message: Message) -> None:
+        """Take in a message about this key from one of the two movers."""
+        self._last_message_s = self._clock()
+        if isinstance(message, Ended):
+            self._unended.pop(sender.boot_id, None)
+            if sender.boot_id in self._open_sides and self.state is not State.COMMITTED:
+                self.fail("ended by its mover", sender.engine_id)
+        elif isinstance(message, TransferFailed):
+            self.fail(message.reason, sender.engine_id)
+        elif self.failure is None:
+            self._advance(sender, message)
+        self._changed.set()
+
+    def engine_lost(self, engine: Engine) -> None:
+        """The mover is gone: nothing can be asked of it, and its slots with it."""
+        if engine.boot_id not in self._unended:
+            return
+        self._unended.pop(engine.boot_id)
+        self._open_sides.pop(engine.boot_id, None)
+        # A prefill mover is not needed any more once every page has been committed.
+        if not (engine is self.prefill and self.state is State.COMMITTED):
+            self.fail("peer_lost", engine.engine_id)
+        self._changed.set()
+
+    def _advance(self, sender: Engine, message: Message) -> None:
+        from_decode = sender is self.decode
+        if isinstance(message, Reserved):
+            self._on_reserved(from_decode, message)
+        elif isinstance(message, SegmentDone):
+            self._on_segment_done(sender, message)
+        elif isinstance(message, CutDone) and from_decode:
+            if message.num_hit_blocks == self.num_hit_blocks:
+                self._send(self.prefill, Cut(self.key, self.num_hit_blocks))
+        elif isinstance(message, Ready) and not from_decode and self.state is State.STAGING:
+            self.num_hit_blocks = min(self.num_hit_blocks, message.num_hit_blocks)
+            self._enter(State.READY)
+        elif isinstance(message, Committed) and from_decode and self.state is State.READY:
+            self._enter(State.COMMITTED)
+        else:
+            logger.debug("transfer %s: %s ignored", self.key, type(message).__name__)
+
+    def _on_reserved(self, from_decode: bool, message: Reserved) -> None:
+        # Always decode first: nothing that holds a prefill slot ever waits for a decode slot.
+        if from_decode and self.state is State.RESERVING_DECODE:
+            self._decode_slots = message.slots
+            self._enter(State.RESERVING_PREFILL)
+            self._send(self.prefill, Reserve(self.key, "prefill", self.prompt.num_tokens))
+        elif not from_decode and self.state is State.RESERVING_PREFILL:
+            self._enter(State.STAGING)
+            self._staged = True
+            decode, prefill = self._decode_slots, message.slots
+            self._send(self.prefill, self._stage("prefill", peer=_peer(self.decode, decode)))
+            self._send(self.decode, self._stage("decode", peer=_peer(self.prefill, prefill)))
+
+    def _on_segment_done(self, sender: Engine, message: SegmentDone) -> None:
+        self._reads_done(sender.engine_id)
+        if message.good_until >= min(message.last_block, self.num_hit_blocks):
+            return
+        if self.state is not State.STAGING:
+            self.fail(f"late bad block: {message.error}", sender.engine_id)
+            return
+        self.num_hit_blocks = message.good_until
+        self._send(self.decode, Cut(self.key, self.num_hit_blocks))
+
+    # --- inner parts ---
+
+    def _stage(self, pool: str, peer: Peer) -> Stage:
+        return Stage(
+            key=self.key,
+            pool=pool,
+            num_tokens=self.prompt.num_tokens,
+            num_hit_blocks=self.plan.num_hit_blocks,
+            root=self.prompt.root,
+            block_hashes=self.prompt.block_hashes,
+            digest=self.prompt.digest,
+            segments=tuple(
+                SegmentSpec(part.reader, part.first_block, part.last_block)
+                for part in self.plan.segments
+            ),
+            peer=peer,
+            num_releases=self.prompt.num_releases if pool == "decode" else 1,
+        )
+
+    def _end(self, engine: Engine, drain: bool, reason: str) -> None:
+        if self._open_sides.pop(engine.boot_id, None) is None:
+            return
+        asked = engine is self.decode or self.state_reached_prefill
+        if not asked:
+            self._unended.pop(engine.boot_id, None)
+            return
+        if not self._staged:
+            self._send(engine, PeerStopped(self.key))
+        self._send(engine, End(self.key, drain, reason))
+
+    @property
+    def state_reached_prefill(self) -> bool:
+        """Whether the prefill mover has heard of this transfer."""
+        return bool(self._decode_slots)
+
+    def _reads_done(self, reader: str) -> None:
+        self._engine(reader).read_queue_tokens -= self._queued_reads.pop(reader, 0)
+
+    def _engine(self, engine_id: str) -> Engine:
+        return self.prefill if engine_id == self.prefill.engine_id else self.decode
+
+    def _enter(self, state: State) -> None:
+        self.state = state
+        self._state_since_s = self._clock()
+        self._changed.set()
+
+    async def _wait_for_change(self, timeout_s: float | None) -> None:
+        self._changed.clear()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), timeout_s)
+
+    def _idle_left_s(self) -> float:
+        """Seconds until this attempt counts as stalled; progress of its readers puts it off."""
+        staging = self.state is State.STAGING
+        deadline_s = self._deadlines.stage_s if staging else self._deadlines.reserve_s
+        since_s = max(self._last_message_s, self._state_since_s)
+        if staging:
+            since_s = max(since_s, self.prefill.last_moved_s, self.decode.last_moved_s)
+        ends_s = min(
+            since_s + _IDLE_FACTOR * deadline_s, self._state_since_s + _TOTAL_FACTOR * deadline_s
+        )
+        return ends_s - self._clock()
+
+    def _suspect(self) -> str:
+        """Who let the attempt stall: the one reader that has not finished, or whom it waits for."""
+        if self.state is State.STAGING:
+            return next(iter(self._queued_reads), self.prefill.engine_id)
+        waits_for_decode = self.state is State.RESERVING_DECODE
+        return (self.decode if waits_for_decode else self.prefill).engine_id
+
+
+_BEFORE_READY = (State.RESERVING_DECODE, State.RESERVING_PREFILL, State.STAGING)
+
+
+def _peer(engine: Engine, slots: tuple[int, ...]) -> Peer:
+    hello = engine.hello
+    return Peer(
+        engine_id=hello.engine_id,
+        boot_id=hello.boot_id,
+        host_id=hello.host_id,
+        pid=hello.pid,
+        pid_start=hello.pid_start,
+        address=hello.address,
+        region=hello.region,
+        slots=slots,
+    )

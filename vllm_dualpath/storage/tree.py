@@ -1,0 +1,120 @@
+"""The directory tree of a POSIX store: where a block lies, and what lies beside the blocks.
+
+Two levels of 256 directories keep each small up to hundreds of millions of blocks. Raises
+``OSError`` unless stated; knows names only, nothing of what is in a block.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import string
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from vllm_dualpath.blocks import HASH_BYTES
+from vllm_dualpath.errors import ConfigError, StorageError
+
+logger = logging.getLogger(__name__)
+
+STALE_AFTER_S = 3600.0
+"""A temporary file this old belongs to a writer that crashed: a write takes seconds."""
+
+MAX_QUARANTINED = 16
+
+_HEX = frozenset(string.hexdigits.lower())
+
+
+class BlockTree:
+    """The tree below one model's ``directory``. Safe from any thread and process."""
+
+    def __init__(self, directory: Path, *, create: bool) -> None:
+        self._directory = directory
+        self.temporary_dir = directory / "tmp"
+        self._quarantine_dir = directory / "quarantine"
+        # Unique among hosts that share the store, without asking any of them.
+        self._writer = f"{os.getpid()}-{os.urandom(8).hex()}"
+        self._counter = itertools.count()
+        if create:
+            self.temporary_dir.mkdir(parents=True, exist_ok=True)
+            self._quarantine_dir.mkdir(exist_ok=True)
+        elif not directory.is_dir():
+            raise ConfigError(f"store: {directory} does not exist: no store of this model is here")
+
+    def path(self, block_hash: bytes) -> Path:
+        """Where the block lies. Raises ``ValueError`` for a hash of another length."""
+        if len(block_hash) != HASH_BYTES:
+            raise ValueError(f"block hash: expected {HASH_BYTES} bytes, found {len(block_hash)}")
+        name = block_hash.hex()
+        return self._directory / name[:2] / name[2:4] / name
+
+    def temporary_path(self) -> Path:
+        """A name no other writer uses."""
+        return self.temporary_dir / f"{self._writer}-{next(self._counter)}"
+
+    def publish(self, temporary: Path, path: Path) -> None:
+        """Give a written file its name, making the fan-out directories on first use."""
+        try:
+            temporary.replace(path)
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.replace(path)
+
+    def quarantine(self, path: Path) -> None:
+        """Take a bad block out of the store, keeping the last few. Never raises ``OSError``.
+
+        Another process may have replaced the block by a good one meanwhile: then a good block is
+        lost from the cache, which costs a recompute.
+        """
+        try:
+            path.replace(self._quarantine_dir / path.name)
+            self._bound_quarantine()
+        except FileNotFoundError:
+            return  # another reader was faster
+        except OSError as exc:
+            logger.warning("bad block %s stays in the store and will fail again: %s", path, exc)
+
+    def remove_stale_temporaries(self) -> None:
+        """Remove what crashed writers left."""
+        oldest_s = time.time() - STALE_AFTER_S
+        for path in _children(self.temporary_dir):
+            try:
+                if path.stat().st_mtime < oldest_s:
+                    path.unlink()
+                    logger.info("removed %s, left by a writer that crashed", path)
+            except FileNotFoundError:
+                continue  # its writer has just renamed it
+
+    def block_paths(self) -> Iterator[Path]:
+        """Every file that is named and placed like a block, in order of its hash.
+
+        Raises ``StorageError`` when the model's directory cannot be listed.
+        """
+        try:
+            for first in _children(self._directory, name_chars=2):
+                for second in _children(first, name_chars=2):
+                    prefix = first.name + second.name
+                    for path in _children(second, name_chars=2 * HASH_BYTES):
+                        if path.name.startswith(prefix):
+                            yield path
+        except OSError as exc:
+            raise StorageError(f"store {self._directory}: cannot be listed: {exc}") from exc
+
+    def _bound_quarantine(self) -> None:
+        # ctime: the rename into quarantine sets it, while mtime is the last use.
+        kept = [(path.stat().st_ctime, path) for path in _children(self._quarantine_dir)]
+        for _, path in sorted(kept)[:-MAX_QUARANTINED]:
+            path.unlink(missing_ok=True)
+
+
+def _children(directory: Path, name_chars: int | None = None) -> list[Path]:
+    """Sorted children, only those named by ``name_chars`` hex digits if given; [] if it is gone."""
+    try:
+        names = sorted(entry.name for entry in os.scandir(directory))
+    except FileNotFoundError:
+        return []
+    if name_chars is not None:
+        names = [name for name in names if len(name) == name_chars and _HEX.issuperset(name)]
+    return [directory / name for name in names]

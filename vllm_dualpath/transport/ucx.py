@@ -1,0 +1,223 @@
+"""Moving bytes with UCX: shared memory to peers on this host, TCP or RDMA between hosts.
+
+The work is done by ``native.UcxEngine`` and its progress thread. Here opaque addresses and
+descriptors are packed and checked, and native events and errors become those of ``base``.
+
+Peers on this host are reached by UCX's worker address, which offers shared memory, without UCX's
+failure handling, which rules that out: their death is for the caller to notice, who then calls
+``disconnect``. Peers on other hosts are reached through the listener, with failure handling: their
+loss arrives as ``PeerClosed``.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import msgspec
+import numpy as np
+
+from vllm_dualpath import native
+from vllm_dualpath.errors import PeerLost, TransportError
+from vllm_dualpath.transport.base import (
+    Event,
+    NoticeReceived,
+    PeerClosed,
+    PutArray,
+    PutDone,
+    Region,
+    Transport,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_INFLIGHT_BYTES = 64 << 20
+MAX_PUT_BYTES = 1 << 20
+
+_PUT_DONE, _NOTICE = 0, 1  # TransportEvent::Kind in csrc/core/event_queue.hpp; 2 is a closed peer
+_FRAME_VERSION = 1
+
+
+class _Address(msgspec.Struct, frozen=True, array_like=True):
+    version: int
+    nonce: bytes
+    host: str
+    port: int
+    worker_address: bytes
+
+
+class _Descriptor(msgspec.Struct, frozen=True, array_like=True):
+    version: int
+    nonce: bytes
+    address: int
+    num_bytes: int
+    key: bytes
+
+
+_Frame = TypeVar("_Frame", _Address, _Descriptor)
+
+
+class UcxTransport(Transport):
+    """One UCX worker with its listener and progress thread.
+
+    Args:
+        listen_host: numeric IP address to accept peers of other hosts on.
+        listen_port: 0 picks a free one.
+        advertise_host: numeric IP address peers connect to, where ``listen_host`` is a wildcard.
+        max_inflight_bytes: bound of what is handed to UCX and cannot be taken back.
+        max_put_bytes: adjacent pieces are merged up to this, larger ones are split.
+
+    Raises ``NativeUnavailable`` without a usable UCX, ``TransportError`` when it does not start.
+    """
+
+    def __init__(
+        self,
+        listen_host: str = "127.0.0.1",
+        listen_port: int = 0,
+        *,
+        advertise_host: str | None = None,
+        max_inflight_bytes: int = MAX_INFLIGHT_BYTES,
+        max_put_bytes: int = MAX_PUT_BYTES,
+    ) -> None:
+        self._host = advertise_host or listen_host
+        library = native.load_ucx()
+        with _translated():
+            if ipaddress.ip_address(self._host).is_unspecified:
+                raise ValueError(f"peers cannot connect to {self._host}; set advertise_host")
+            self._engine = native.UcxEngine(
+                library, listen_host, listen_port, max_inflight_bytes, max_put_bytes
+            )
+        info = self._engine.context_info()
+        self._report = native.UcxReport(
+            library.path, library.version, native.parse_ucx_transports(info)
+        )
+        self._nonce = secrets.token_bytes(16)
+        self._closed = False
+        logger.info("%s from %s", self.name, library.path)
+
+    @property
+    def name(self) -> str:
+        return f"ucx {self._report.version} ({','.join(self._report.transports)})"
+
+    @property
+    def address(self) -> bytes:
+        return _pack(
+            _Address(
+                version=_FRAME_VERSION,
+                nonce=self._nonce,
+                host=self._host,
+                port=self._engine.listen_port,
+                worker_address=self._engine.worker_address,
+            )
+        )
+
+    def register(self, address: int, num_bytes: int) -> Region:
+        self._check_open()
+        with _translated():
+            key = self._engine.register_region(address, num_bytes)
+        descriptor = _Descriptor(_FRAME_VERSION, self._nonce, address, num_bytes, key)
+        return Region(address, num_bytes, _pack(descriptor))
+
+    def connect(self, peer_address: bytes, region_descriptor: bytes, *, same_host: bool) -> int:
+        self._check_open()
+        peer = _unpack(peer_address, _Address)
+        region = _unpack(region_descriptor, _Descriptor)
+        if peer.nonce != region.nonce:
+            raise TransportError("address and region descriptor are of different transports")
+        self._warn_of_slow_path(peer, same_host)
+        with _translated():
+            return self._engine.connect(
+                host="" if same_host else peer.host,
+                port=peer.port,
+                worker_address=peer.worker_address,
+                remote_key=region.key,
+                remote_address=region.address,
+                remote_bytes=region.num_bytes,
+                error_handling=not same_host,
+            )
+
+    def put(self, peer_id: int, pieces: PutArray, notice: bytes) -> int:
+        with _translated():
+            return self._engine.put(peer_id, np.ascontiguousarray(pieces, np.uint64), notice)
+
+    def disconnect(self, peer_id: int) -> None:
+        self._engine.disconnect(peer_id)
+
+    def fileno(self) -> int:
+        return self._engine.fileno()
+
+    def poll(self) -> Sequence[Event]:
+        return [_event(*fields) for fields in self._engine.poll()]
+
+    def close(self) -> None:
+        self._closed = True
+        self._engine.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise TransportError("the transport is closed")
+
+    def _warn_of_slow_path(self, peer: _Address, same_host: bool) -> None:
+        if same_host and "cma" not in self._report.transports:
+            logger.warning(
+                "UCX has no CMA here (UCX_TLS, or process_vm_writev is forbidden): bytes to a peer "
+                "on this host take a slower path; see `vllm-dualpath doctor`"
+            )
+        elif not same_host and not self._report.has_rdma:
+            logger.warning(
+                "UCX (%s) has no RDMA transport: bytes to %s go by TCP; see `vllm-dualpath doctor`",
+                self._report.path,
+                peer.host,
+            )
+
+
+def _event(kind: int, event_id: int, ok: bool, text: bytes) -> Event:
+    if kind == _NOTICE:
+        return NoticeReceived(text)
+    error = text.decode(errors="replace")
+    if kind == _PUT_DONE:
+        return PutDone(event_id, ok, error)
+    return PeerClosed(event_id, error)
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except native.PeerClosedError as exc:
+        raise PeerLost(str(exc)) from exc
+    except (native.UcxError, ValueError, OverflowError, TypeError, OSError) as exc:
+        raise TransportError(str(exc)) from exc
+
+
+def _checksum(payload: bytes) -> bytes:
+    return native.crc32c(native.buffer_address(payload), len(payload)).to_bytes(4, "little")
+
+
+def _pack(frame: _Address | _Descriptor) -> bytes:
+    payload = msgspec.msgpack.encode(frame)
+    return _checksum(payload) + payload
+
+
+def _unpack(data: bytes, frame_type: type[_Frame]) -> _Frame:
+    """Decode what ``_pack`` made, or raise ``TransportError``.
+
+    UCX parses packed addresses and keys without knowing where they end, so that a cut or damaged
+    one must not reach it. The checksum is no defence against an enemy: these bytes travel over
+    authenticated control only.
+    """
+    what = frame_type.__name__.strip("_").lower()
+    checksum, payload = bytes(data[:4]), bytes(data[4:])
+    if not payload or _checksum(payload) != checksum:
+        raise TransportError(f"not a UCX {what}: damaged or cut off")
+    try:
+        frame = msgspec.msgpack.decode(payload, type=frame_type)
+    except msgspec.DecodeError as exc:
+        raise TransportError(f"not a UCX {what}: {exc}") from exc
+    if frame.version != _FRAME_VERSION:
+        raise TransportError(f"UCX {what} of version {frame.version}, expected {_FRAME_VERSION}")
+    return frame
