@@ -104,7 +104,9 @@ def chain_root(fingerprint: bytes, cache_salt: str | None = None) -> bytes:
 
 
 def token_bytes(token_ids: Sequence[int]) -> bytes:
-    """Token ids as unsigned 32-bit little-endian. Raises ``ValueError`` for ids outside that range."""
+    """Token ids as unsigned 32-bit little-endian. Raises ``ValueError`` for ids outside that
+    range.
+    """
     try:
         packed = array("I", token_ids)
     except (OverflowError, TypeError) as exc:

@@ -112,8 +112,8 @@ class EngineConfig(_Frozen):
         require_security(self.router, self.keys, self.insecure, "router")
         if self.router is not None and not is_loopback(self.listen) and not self.insecure:
             raise ValueError(
-                f"listen {self.listen!r} is not loopback; data-path authentication is not built yet:"
-                " set insecure: true on a trusted network"
+                f"listen {self.listen!r} is not loopback; data-path authentication is not built"
+                " yet: set insecure: true on a trusted network"
             )
         return self
 
@@ -178,7 +178,9 @@ def is_loopback(host: str) -> bool:
 
 
 def require_security(endpoint: str | None, keys: Path | None, insecure: bool, key: str) -> None:
-    """Off loopback, CURVE keys or an explicit ``insecure`` are needed; raise ``ValueError`` if not."""
+    """Off loopback, CURVE keys or an explicit ``insecure`` are needed;
+    raise ``ValueError`` if not.
+    """
     if endpoint is None or keys is not None or insecure:
         return
     host = urlsplit(endpoint).hostname or ""

@@ -107,7 +107,9 @@ class MoverStats(Message, frozen=True, kw_only=True):
     corrupt_blocks: Count = 0
     rejected_messages: Count = 0
     load_failures: dict[str, Count] = {}
-    """By reason: ``corrupt``, ``missing``, ``io_error``, ``stalled``, ``peer_lost``, ``cancelled``."""
+    """By reason: ``corrupt``, ``missing``, ``io_error``, ``stalled``, ``peer_lost``,
+    ``cancelled``.
+    """
     stage_seconds: tuple[float, ...] = ()
     """Durations of stagings that ended since the last report; not cumulative."""
     slots_used: Count = 0
@@ -199,7 +201,9 @@ class Reserve(Message, frozen=True):
     """``decode`` or ``prefill``."""
     num_tokens: Count
     peer: Peer
-    """The other side. The decode side reserves first, so it learns the prefill side without slots."""
+    """The other side. The decode side reserves first, so it learns the prefill side without
+    slots.
+    """
 
 
 class Stage(Message, frozen=True, kw_only=True):

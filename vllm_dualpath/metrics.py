@@ -1,7 +1,7 @@
 """Every metric of the package in one table: name, type, labels, help.
 
-The router exports its own; the connector exports the others through vLLM's ``/metrics``. This module
-is data: it imports no metrics library and counts nothing.
+The router exports its own; the connector exports the others through vLLM's ``/metrics``. This
+module is data: it imports no metrics library and counts nothing.
 """
 
 from __future__ import annotations
@@ -89,6 +89,11 @@ PROMPT_TOKENS = Metric(
 CORRUPT_BLOCKS = Metric(
     "vllm:dualpath_corrupt_blocks", "counter", "Stored blocks that failed their check."
 )
+BLOCKS_NOT_STORED = Metric(
+    "vllm:dualpath_blocks_not_stored",
+    "counter",
+    "New full blocks that were not stored: no free persist slot, or a slow or failing store.",
+)
 LOAD_FAILURES = Metric(
     "vllm:dualpath_load_failures", "counter", "Loads cut short or given up.", ("reason",)
 )
@@ -127,6 +132,7 @@ ENGINE_METRICS = (
     HIT_TOKENS,
     PROMPT_TOKENS,
     CORRUPT_BLOCKS,
+    BLOCKS_NOT_STORED,
     LOAD_FAILURES,
     STAGING_SLOTS,
     STAGE_SECONDS,

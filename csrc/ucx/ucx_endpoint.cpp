@@ -71,7 +71,8 @@ void UcxEndpoint::abort(const std::string& why, Clock::time_point now) {
     if (state_ == State::kClosing || finished()) return;
     if (failure_.empty()) failure_ = why;
     fail_batches(failure_);
-    start_close(now);
+    if (state_ == State::kOpen) deadline_ = now + kDrainTimeout;
+    state_ = State::kDraining;
 }
 
 std::optional<Clock::time_point> UcxEndpoint::deadline() const {
@@ -81,24 +82,34 @@ std::optional<Clock::time_point> UcxEndpoint::deadline() const {
 
 bool UcxEndpoint::advance(EventQueue& events, Clock::time_point now) {
     if (finished()) return false;
-    if (!failure_.empty() && state_ != State::kClosing) abort(failure_, now);
+    if (!failure_.empty()) abort(failure_, now);
     bool worked = state_ == State::kOpen && post_puts();
     worked |= state_ != State::kClosing && post_notices();
     worked |= retire_batches(events);
-    if (state_ == State::kDraining && (batches_.empty() || now >= deadline_)) {
-        fail_batches("disconnected");
-        failure_ = "disconnected";
-        start_close(now);
-        worked = true;
-    }
-    if (state_ == State::kClosing) {
-        const bool ended = closed_ && batches_.empty();
-        if (ended || now >= deadline_) {
-            finish(events, !ended);
-            worked = true;
-        }
-    }
+    if (state_ == State::kDraining) worked |= end_drain(events, now);
+    if (state_ == State::kClosing) worked |= end_close(events, now);
     return worked;
+}
+
+// UCX 1.22 crashes when an endpoint that still connects is closed by force: the flush that waits for
+// the connection is resumed on freed memory. So closing waits for it, or gives the endpoint up.
+bool UcxEndpoint::end_drain(EventQueue& events, Clock::time_point now) {
+    const bool late = now >= deadline_;
+    if (wiring_) {
+        if (late) finish(events, true);
+        return late;
+    }
+    if (failure_.empty() && !batches_.empty() && !late) return false;
+    if (failure_.empty()) failure_ = "disconnected";
+    start_close(now);
+    return true;
+}
+
+bool UcxEndpoint::end_close(EventQueue& events, Clock::time_point now) {
+    const bool ended = closed_ && batches_.empty();
+    if (!ended && now < deadline_) return false;
+    finish(events, !ended);
+    return true;
 }
 
 // A key cannot be unpacked on an endpoint that still connects through a listener: UCX 1.22 crashes,
@@ -116,7 +127,7 @@ void UcxEndpoint::unpack_key() {
 }
 
 bool UcxEndpoint::post_puts() {
-    if (!wired_) return false;
+    if (wiring_) return false;
     if (remote_key_ == nullptr) unpack_key();
     if (!failure_.empty()) return true;
     int posted = 0;
@@ -200,6 +211,10 @@ void UcxEndpoint::fail_batches(const std::string& why) {
 }
 
 void UcxEndpoint::start_close(Clock::time_point now) {
+    // A flush that is about to be resumed must not find its endpoint gone, as in end_drain().
+    while (worker_->progress()) {
+    }
+    fail_batches(failure_);
     state_ = State::kClosing;
     deadline_ = now + kCloseTimeout;
     ucp_request_param_t param = with_callback(&UcxEndpoint::on_close, this);
@@ -213,6 +228,8 @@ void UcxEndpoint::start_close(Clock::time_point now) {
 
 void UcxEndpoint::finish(EventQueue& events, bool abandon) {
     abandoned_ = abandon;
+    if (failure_.empty()) failure_ = "disconnected";
+    fail_batches(failure_);
     for (auto& batch : batches_) {
         events.push({TransportEvent::Kind::kPutDone, batch->id, false, batch->error});
         budget_->give_back(batch->inflight_bytes);
@@ -227,7 +244,7 @@ void UcxEndpoint::note_failure(ucs_status_t status, const char* during) {
 
 void UcxEndpoint::on_wired(void* request, ucs_status_t status, void* user_data) {
     UcxEndpoint& self = *static_cast<UcxEndpoint*>(user_data);
-    self.wired_ = status == UCS_OK;
+    self.wiring_ = false;
     if (status != UCS_OK) self.note_failure(status, "connecting");
     if (request != nullptr) self.library().ucp_request_free(request);
 }

@@ -45,7 +45,7 @@ class PutBudget {
 };
 
 // Progress thread only. Life: open -> draining (disconnect) -> closing -> finished. UCX's callbacks
-// only count and set flags; every transition happens in advance().
+// only count and set flags; every transition happens in advance(), disconnect() and abort().
 //
 // UCX cannot take a put back. A batch ends when all its requests have; only where an endpoint does
 // not close within kCloseTimeout (a peer on this host without error handling that is stopped or
@@ -67,7 +67,7 @@ class UcxEndpoint {
     void enqueue(std::unique_ptr<PutBatch> batch);
     // Posts no more puts, lets what is posted finish, then closes.
     void disconnect(Clock::time_point now);
-    // Closes without waiting for what is posted.
+    // Closes without waiting for the target to take what is posted.
     void abort(const std::string& why, Clock::time_point now);
     // One step; events of ended batches go to `events`. Whether anything was done.
     bool advance(EventQueue& events, Clock::time_point now);
@@ -105,6 +105,8 @@ class UcxEndpoint {
     void track(ucs_status_ptr_t result, PutBatch& batch, ucp_send_nbx_callback_t done, void* arg);
     bool retire_batches(EventQueue& events);
     void fail_batches(const std::string& why);
+    bool end_drain(EventQueue& events, Clock::time_point now);
+    bool end_close(EventQueue& events, Clock::time_point now);
     void start_close(Clock::time_point now);
     void finish(EventQueue& events, bool abandon);
 
@@ -116,7 +118,7 @@ class UcxEndpoint {
     ucp_ep_h handle_ = nullptr;
     std::string packed_key_;
     ucp_rkey_h remote_key_ = nullptr;
-    bool wired_ = false;
+    bool wiring_ = true;  // until the first flush has ended
     State state_ = State::kOpen;
     bool closed_ = false;
     bool abandoned_ = false;

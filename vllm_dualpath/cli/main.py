@@ -1,4 +1,4 @@
-"""The ``vllm-dualpath`` command. Each group of commands has a module; this one puts them together."""
+"""The ``vllm-dualpath`` command: each group of commands has a module, here they come together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import typer
 
 from vllm_dualpath import __version__
-from vllm_dualpath.cli import bench, doctor, keys, model, mover, router, serve, store, up
+from vllm_dualpath.cli import bench, doctor, keys, model, mover, router, serve, up
 from vllm_dualpath.errors import ConfigError, DualPathError
 
 PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
@@ -45,7 +45,6 @@ app.command("keys")(keys.keys)
 app.command("doctor")(doctor.doctor)
 app.add_typer(model.app, name="model")
 app.add_typer(bench.app, name="bench")
-app.add_typer(store.app, name="store")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

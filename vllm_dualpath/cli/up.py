@@ -63,7 +63,7 @@ def up(
 
 
 def _stop_event() -> threading.Event:
-    """Set by SIGTERM and Ctrl-C. A flag and no exception: starting and stopping are not cut short."""
+    """Set by SIGTERM and Ctrl-C. A flag, no exception: starting and stopping are not cut short."""
     stop = threading.Event()
 
     def handle(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
@@ -75,7 +75,7 @@ def _stop_event() -> threading.Event:
 
 
 def run_cluster(cluster: LocalCluster, status_json: Path | None, stop: threading.Event) -> int:
-    """Run ``cluster`` until ``stop``; the exit code is 1 if a process ended before it was told to."""
+    """Run ``cluster`` until ``stop``; the exit code is 1 if a process ended on its own."""
     typer.echo(f"starting; logs in {cluster.log_dir}", err=True)
     try:
         cluster.launch()

@@ -6,18 +6,16 @@ kernels that wrote what it reads, and before those that read what it writes or r
 
 from __future__ import annotations
 
-import mmap
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
 import torch
 from vllm.logger import init_logger
 
-from vllm_dualpath import native
 from vllm_dualpath.errors import ConfigError, TransferTimeout
 
 logger = init_logger("vllm.dualpath.copies")
@@ -179,18 +177,3 @@ class CopyThread:
                 job()
             except Exception:
                 logger.exception("a copy job failed")
-
-
-def map_staging(fd: int, num_bytes: int) -> mmap.mmap:
-    """Map a mover's staging memory, readable and writable."""
-    return mmap.mmap(fd, num_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-
-
-def address_range(memory: mmap.mmap) -> tuple[int, int]:
-    """Address and size of a mapping, for logs."""
-    return native.buffer_address(memory), len(memory)
-
-
-def copy_rows(target: torch.Tensor, at: Sequence[torch.Tensor], source: torch.Tensor) -> None:
-    """``target[at] = source`` for rows of whole pages."""
-    target.index_put_(tuple(at), source)

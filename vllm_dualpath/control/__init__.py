@@ -1,1 +1,3 @@
-"""Sockets between processes: the control network, the local engine socket, shared tables, liveness."""
+"""Sockets between processes: the control network, the local engine socket, shared tables,
+liveness.
+"""

@@ -18,7 +18,9 @@ from vllm_dualpath.errors import ConfigError
 
 
 def create_keys(directory: Path) -> list[Path]:
-    """Make a new key directory; return the files. Raises ``ConfigError`` if keys are there already."""
+    """Make a new key directory; return the files. Raises ``ConfigError`` if keys are there
+    already.
+    """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     if any(directory.glob("*.key*")):
         raise ConfigError(f"keys {directory}: already holds keys; choose another directory")

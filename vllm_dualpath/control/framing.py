@@ -67,7 +67,9 @@ class FramedSocket:
                 self._outgoing[0] = (frame[sent:], ())
 
     def receive(self) -> list[bytes]:
-        """Return every whole message that has arrived. Raises ``PeerLost`` at the end of the stream."""
+        """Return every whole message that has arrived. Raises ``PeerLost`` at the end of the
+        stream.
+        """
         closed = not self._fill()
         messages = list(self._split())
         if closed and not messages:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 _START_TIME_FIELD = 22
@@ -14,7 +13,7 @@ def host_id() -> str:
     Such processes can see each other's pids and reach each other's memory (CMA).
     """
     boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-    namespace = os.stat("/proc/self/ns/pid").st_ino
+    namespace = Path("/proc/self/ns/pid").stat().st_ino
     return f"{boot}/{namespace}"
 
 

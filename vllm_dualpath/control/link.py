@@ -93,7 +93,9 @@ class EngineLink:
         return True
 
     def close(self) -> None:
-        """Send what is queued, close and join the thread. Raises ``TransferTimeout`` if it stays."""
+        """Send what is queued, close and join the thread. Raises ``TransferTimeout`` if it
+        stays.
+        """
         if self._thread is None or self._closing.is_set():
             return
         self._closing.set()
@@ -134,7 +136,8 @@ class EngineLink:
         attached = received[0]
         if not isinstance(attached, Attached) or attached.version != PROTOCOL_VERSION:
             raise IncompatiblePeer(
-                f"mover at {self._path}: expected Attached version {PROTOCOL_VERSION}, found {attached!r}"
+                f"mover at {self._path}: expected Attached version {PROTOCOL_VERSION},"
+                f" found {attached!r}"
             )
         return attached, received[1:]
 

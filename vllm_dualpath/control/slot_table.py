@@ -118,7 +118,9 @@ class SlotTableWriter(_SharedTable):
         return entry
 
     def retire(self, entry: int, num_releases: int) -> bool:
-        """Make the entry unclaimable if every claim taken has been released. False: claims are open."""
+        """Make the entry unclaimable if every claim taken has been released. False:
+        claims are open.
+        """
         base = self._generations[entry] << 32
         expected = base | num_releases << 8 | _READY
         done, observed = native.atomic_compare_exchange_u64(

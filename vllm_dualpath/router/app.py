@@ -7,6 +7,8 @@ import contextlib
 import errno
 import logging
 import signal
+from collections.abc import Sequence
+from typing import Any
 
 from aiohttp import web
 
@@ -122,7 +124,7 @@ async def _serve(config: RouterConfig) -> None:
         await router.stop()
 
 
-async def _cancel(tasks: list[asyncio.Task[None]] | list[asyncio.Task[object]]) -> None:
+async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

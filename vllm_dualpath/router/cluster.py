@@ -1,6 +1,7 @@
-"""The cluster's state: which engines there are, who may work with whom, what is stored, what is open.
+"""The cluster's state: the engines, who may work with whom, what is stored, what is open.
 
-Owned by the event loop's thread. Says nothing on its own: ``movers.py`` carries the messages that follow from it.
+Owned by the event loop's thread. Says nothing on its own: ``movers.py`` carries the messages that
+follow from it.
 """
 
 from __future__ import annotations
@@ -187,6 +188,7 @@ class Cluster:
 
 
 def group_of(engine: Engine) -> PairGroup:
+    """The engines that ``engine`` may share KV with."""
     hello = engine.hello
     return hello.store, hello.fingerprint, hello.root
 

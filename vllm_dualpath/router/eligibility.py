@@ -1,6 +1,7 @@
-"""Which requests a transfer can serve. One table; every other request goes to a decode engine alone, untouched.
+"""Which requests a transfer can serve, in one table; the others go to a decode engine alone.
 
-Not an error and not a limit of what clients may send: vLLM itself answers those requests, or refuses them.
+Not an error and not a limit of what clients may send: vLLM itself answers those requests, or
+refuses them; they reach it untouched.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def _is_text(content: object) -> bool:
 
 
 def _odd_counts(body: Body) -> bool:
-    """``n`` and the limit on new tokens: anything but a whole positive number is vLLM's to judge."""
+    """``n`` or a token limit is no whole positive number: vLLM's to judge."""
     values = (body.get("n"), body.get("max_tokens"), body.get("max_completion_tokens"))
     return any(value is not None and (type(value) is not int or value < 1) for value in values)
 

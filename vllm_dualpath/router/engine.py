@@ -11,7 +11,7 @@ from vllm_dualpath.policy import EngineLoad
 
 
 def geometry_of(spec: GeometrySpec) -> Geometry:
-    """The wire form as the value that computes sizes. Raises ``ValueError`` for an impossible one."""
+    """The wire form as the value that computes sizes. Raises ``ValueError`` when impossible."""
     return Geometry(
         spec.block_tokens,
         spec.page_tokens,

@@ -117,7 +117,7 @@ class Flow:
             response = await self._attempt(transfer, body, ids)
             if response is not None:
                 return response
-            if transfer.failure is None or transfer.leg_sent:
+            if transfer.leg_sent:
                 return await self._alone("the prefill leg or its commit failed", placement.decode)
             placement = self._core.placer.after(transfer, attempt + 1, ids, salt)
         preferred = None if placement is None else placement.decode
@@ -147,10 +147,9 @@ class Flow:
         """One attempt; ``None`` when something else has to be tried. The transfer is ended."""
         decode_load = Assignment(transfer.decode, len(ids))
         prefill_load = Assignment(transfer.prefill, len(ids))
-        drain, reason = False, "the client has left"
+        drain, reason = False, "given up"
         try:
             transfer.start()
-            reason = "another attempt"
             if not await transfer.wait_ready():
                 return None
             leg = await self._prefill(transfer, body, ids)
@@ -171,9 +170,15 @@ class Flow:
             response = await self._decode(transfer, body, ids, cached)
             drain, reason = response is not None, "done"
             return response
+        except (asyncio.CancelledError, ConnectionError):
+            reason = "the client has left"
+            raise
         finally:
             prefill_load.release()
             decode_load.release()
+            failure = transfer.failure
+            if failure is not None:
+                self._core.telemetry.attempts_failed.labels(failure.label).inc()
             self._core.cluster.close(transfer, drain=drain, reason=reason)
 
     async def _prefill(
@@ -226,7 +231,9 @@ class Flow:
         """Let one decode engine handle the request by itself; another one if it does not answer."""
         logger.debug("request %s goes alone: %s", self._headers["X-Request-Id"], reason)
         tried: set[Engine] = set()
-        engine = preferred or self._core.cluster.least_loaded_decode()
+        engine = preferred
+        if engine is None or not engine.serving:
+            engine = self._core.cluster.least_loaded_decode()
         if engine is None:
             return error_response(503, "NoEngine", f"{reason}; try again later")
         while engine is not None:

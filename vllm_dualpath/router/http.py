@@ -1,10 +1,10 @@
-"""The router's HTTP server: which path goes where. Generation is ``flow.py``; the rest passes through."""
+"""The router's HTTP server: which path goes where. Generation is ``flow.py``'s."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from aiohttp import web
 
@@ -15,6 +15,8 @@ from vllm_dualpath.router.legs import PARAMS_FIELD, without_params
 from vllm_dualpath.router.relay import end_to_end, error_response, relay
 from vllm_dualpath.router.status import status_of
 from vllm_dualpath.router.upstream import to_json
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +83,7 @@ class Handlers:
         return self._core.cluster.least_loaded_decode() or next(iter(prefill), None)
 
     async def _body(self, request: web.Request) -> bytes | AsyncIterator[bytes] | None:
-        """The body as it comes; JSON is looked at, because only the router gives transfer parameters."""
+        """The body as it comes; JSON without the parameters that are the router's to give."""
         if not request.can_read_body:
             return None
         if "json" not in request.content_type:
@@ -98,8 +100,8 @@ class Handlers:
 
 
 @web.middleware
-async def _errors_as_json(request: web.Request, handler: web.Handler) -> web.StreamResponse:
-    """Our server's own errors (body too large, a bug) in the form clients of OpenAI's API expect."""
+async def _errors_as_json(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    """The server's own errors (body too large, a bug) in the form that OpenAI's clients expect."""
     try:
         return await handler(request)
     except web.HTTPException as exc:

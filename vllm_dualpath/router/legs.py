@@ -1,6 +1,7 @@
 """The bodies and headers of the requests that engines get, made from a client's. Pure functions.
 
-Field names are those of vLLM's request classes (``entrypoints/openai/{completion,chat_completion}/protocol.py``).
+Field names are those of vLLM's request classes, in
+``entrypoints/openai/{completion,chat_completion}/protocol.py``.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def prefill_leg(body: Mapping[str, Any], params: LegParams, token_ids: Sequence[
     leg["max_tokens"] = 1
     leg["n"] = 1
     if leg.get("tools"):
-        # With tools vLLM's default is "auto", which needs a tool parser and may constrain the token.
+        # With tools vLLM's default is "auto", which needs a tool parser and may build a grammar.
         leg["tool_choice"] = "none"
     return leg
 

@@ -1,6 +1,7 @@
 """The router's conversation with the movers: registration, heartbeats, and messages both ways.
 
-One task receives, one sends, one looks at clocks. What a mover says is checked here and acted on elsewhere.
+One task receives, one sends, one looks at clocks. What a mover says is checked here and acted on
+elsewhere.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from vllm_dualpath.messages import (
     MoverMessage,
     PeerDied,
     Ping,
+    Pong,
     Refused,
     SnapshotEnd,
     Stored,
@@ -50,7 +52,7 @@ class Movers:
         self._stuck_warning_s = stuck_warning_s
         self._boot_id = secrets.token_bytes(16)
         self._new_boot_ids: dict[bytes, bytes] = {}
-        """Movers that were given up for silence: to them this router is another one from then on."""
+        """Movers given up for silence: to them this router is another one from then on."""
         self._outbox: asyncio.Queue[tuple[bytes, bytes]] = asyncio.Queue()
         self._loads_changed = asyncio.Event()
 
@@ -115,7 +117,7 @@ class Movers:
             # Welcomed by a router before this one, or given up for silence: another router boot id
             # makes it end its transfers and say Hello again.
             if not isinstance(message, Goodbye):
-                self._post(identity, self._welcome(identity, send_snapshot=False))
+                self._post(identity, Pong(self._boot_id_for(identity)))
             return
         engine.last_seen_s = asyncio.get_running_loop().time()
         if isinstance(message, Load):
@@ -146,7 +148,7 @@ class Movers:
             self._remove(known, "registered again", logging.INFO)
         engine = self._cluster.join(hello, asyncio.get_running_loop().time())
         state = self._cluster.stores.state(hello)
-        send_snapshot = state.needs_snapshot()
+        send_snapshot = state.needs_snapshot(engine)
         if send_snapshot:
             state.begin_snapshot(engine)
         self._post(identity, self._welcome(identity, send_snapshot))
@@ -155,6 +157,7 @@ class Movers:
     def _on_load(self, engine: Engine, message: Load) -> None:
         engine.heartbeat(message.stats, asyncio.get_running_loop().time())
         self._loads_changed.set()
+        self.send(engine, Pong(self._boot_id_for(engine.boot_id)))
 
     def _on_stored(self, engine: Engine, message: Stored) -> None:
         self._cluster.stores.stored(engine, message)
@@ -162,8 +165,11 @@ class Movers:
             self.send(engine, order)
 
     def _welcome(self, identity: bytes, send_snapshot: bool) -> Welcome:
-        boot_id = self._new_boot_ids.get(identity, self._boot_id)
+        boot_id = self._boot_id_for(identity)
         return Welcome(PROTOCOL_VERSION, boot_id, self._heartbeat_s, send_snapshot)
+
+    def _boot_id_for(self, identity: bytes) -> bytes:
+        return self._new_boot_ids.get(identity, self._boot_id)
 
     def _remove(self, engine: Engine, why: str, level: int, *, silently: bool = False) -> None:
         logger.log(level, "engine %s is out of the cluster: %s", engine.engine_id, why)
@@ -175,7 +181,7 @@ class Movers:
     def _ask_for_missing_snapshots(self) -> None:
         for engine in self._cluster.engines:
             state = self._cluster.stores.state(engine.hello)
-            if state.needs_snapshot():
+            if state.needs_snapshot(engine) and state.snapshot_from is not engine:
                 state.begin_snapshot(engine)
                 self.send(engine, self._welcome(engine.boot_id, True))
 

@@ -55,10 +55,16 @@ class Placer:
         token_ids: Sequence[int],
         cache_salt: str | None,
     ) -> Placement | None:
-        """The other reader alone, then no hits; on other engines where one of the pair is gone."""
+        """The other reader alone, then no hits; on other engines where one of the pair is gone.
+
+        ``None`` when a decode engine alone is what is left.
+        """
         num_hits = failed.plan.num_hit_blocks
         use_hits = attempt == 1 and num_hits > 0
-        if not use_hits and attempt == MAX_ATTEMPTS - 1 and num_hits == 0:
+        failure = failed.failure
+        if failure is None or not failure.worth_another:
+            return None
+        if num_hits == 0 and attempt > 1:
             return None
         placement = Placement(failed.prompt, failed.plan, failed.prefill, failed.decode)
         if not (failed.prefill.usable and failed.decode.usable):

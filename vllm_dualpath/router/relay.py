@@ -1,4 +1,4 @@
-"""Answers to clients: an engine's passed on as it comes, and the router's own errors in OpenAI's form."""
+"""Answers to clients: an engine's, passed on as it comes, and the router's own errors."""
 
 from __future__ import annotations
 

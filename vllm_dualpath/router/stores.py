@@ -1,7 +1,7 @@
 """The cluster's knowledge of what is stored: one hit index per (store, model), kept by events.
 
-An index starts with one mover's snapshot and follows ``Stored`` and ``Dropped`` of all. It is a cache: an entry
-that is wrong costs a short hit, nothing else.
+An index starts with one mover's snapshot and follows ``Stored`` and ``Dropped`` of all. It is a
+cache: an entry that is wrong costs a short hit, nothing else.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ class StoreState:
         self.snapshot_from: Engine | None = None
         self.snapshot_done = False
 
-    def needs_snapshot(self) -> bool:
-        """Whether nobody is giving, or has given, the store's content."""
+    def needs_snapshot(self, from_engine: Engine) -> bool:
+        """Whether nobody else is giving, or has given, the store's content."""
         source = self.snapshot_from
-        return not self.snapshot_done and (source is None or source.lost.is_set())
+        free = source is None or source is from_engine or source.lost.is_set()
+        return free and not self.snapshot_done
 
     def begin_snapshot(self, source: Engine) -> None:
         self.snapshot_from = source
@@ -78,7 +79,10 @@ class Stores:
             del self._states[key]
 
     def evictions(self, source: Engine, is_pinned: Callable[[bytes], bool]) -> list[Evict]:
-        """Orders that bring ``source``'s store below its quota; the index forgets the blocks at once."""
+        """Orders that bring ``source``'s store below its quota.
+
+        The index forgets the blocks at once, so that no later plan counts on them.
+        """
         quota_bytes = source.hello.store_quota_bytes
         index = self.state(source.hello).index
         if quota_bytes is None or index.total_bytes <= quota_bytes:

@@ -1,8 +1,8 @@
 """A request's token ids: given by the client, or rendered once by an engine.
 
-vLLM's ``/render`` endpoints run the very code that the request itself would run (template, tools, reasoning
-options, truncation, Harmony), which ``/tokenize`` does not; both legs then carry the ids, so a difference would
-be a wrong answer.
+vLLM's ``/render`` endpoints run the very code that the request itself would run (template, tools,
+reasoning options, truncation, Harmony), which ``/tokenize`` does not; both legs then carry the ids,
+so a difference would be a wrong answer.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ async def token_ids_of(
     body: Mapping[str, Any],
     headers: Mapping[str, str],
 ) -> list[int] | Rejected | None:
-    """The prompt's ids. ``None``: they cannot be had, let the engine handle the request by itself."""
+    """The prompt's ids; ``None`` when they cannot be had and the engine shall handle it alone."""
     prompt = body.get("prompt")
     if isinstance(prompt, list) and body.get("truncate_prompt_tokens") is None:
         return prompt
@@ -53,7 +53,7 @@ async def token_ids_of(
         return _ids_in(content)
     if 400 <= status < 500 and status not in (404, 405):
         return Rejected(status, content_type, content)
-    # An unknown model, an engine without the endpoint, or a failing one: the real endpoint knows better.
+    # An unknown model, an engine without the endpoint, or a failing one: the real endpoint knows.
     return None
 
 
@@ -82,7 +82,7 @@ class ModelNames:
     async def is_base(
         self, name: object, engine: Engine, headers: Mapping[str, str], now_s: float
     ) -> bool:
-        """Ask the engine, at most every half minute, when the name is not the one its mover told."""
+        """Asks the engine, at most every half minute, about a name that its mover did not tell."""
         if name is None or name in ("", engine.hello.model):
             return True
         if not isinstance(name, str):

@@ -1,6 +1,6 @@
 """One attempt of one transfer, seen from the router: docs/protocol.md as a state machine.
 
-Fed with movers' messages and with the time; talks through ``send``. No sockets, no HTTP, no other transfers.
+Fed with movers' messages, talks through ``send``. No sockets, no HTTP, no other transfers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from vllm_dualpath.messages import (
     Ended,
     Message,
     Peer,
-    PeerStopped,
     Ready,
     Reserve,
     Reserved,
@@ -35,6 +34,8 @@ from vllm_dualpath.plan import ReadPlan
 from vllm_dualpath.router.engine import Engine
 
 logger = logging.getLogger(__name__)
+
+PEER_LOST = "peer_lost"
 
 Send = Callable[[Engine, Message], None]
 
@@ -71,7 +72,19 @@ class Failure:
     """Why an attempt is over, and whose fault it is where that is known."""
 
     reason: str
-    engine_id: str = ""
+    engine_id: str
+    during: State
+
+    @property
+    def label(self) -> str:
+        """The reason as a metric's label: of a small, fixed set."""
+        return PEER_LOST if self.reason == PEER_LOST else self.during.name.lower()
+
+    @property
+    def worth_another(self) -> bool:
+        """Whether another plan may do better: slots are lacking whoever reads."""
+        reserving = self.during in (State.RESERVING_DECODE, State.RESERVING_PREFILL)
+        return self.reason == PEER_LOST or not reserving
 
 
 class Transfer:
@@ -98,6 +111,8 @@ class Transfer:
         self.num_hit_blocks = plan.num_hit_blocks
         self.opened_s = loop.time()
         self.warned = False
+        self.leg_sent = False
+        """Whether an engine may know of this attempt."""
         self._send = send
         self._deadlines = deadlines
         self._clock = loop.time
@@ -105,7 +120,6 @@ class Transfer:
         self._last_message_s = self.opened_s
         self._decode_slots: tuple[int, ...] = ()
         self._changed = asyncio.Event()
-        self._staged = False
         self._open_sides = {prefill.boot_id: prefill, decode.boot_id: decode}
         self._unended = dict(self._open_sides)
         self._queued_reads: dict[str, int] = {}
@@ -118,10 +132,11 @@ class Transfer:
             tokens = segment.num_blocks * self.decode.hello.geometry.block_tokens
             self._engine(segment.reader).read_queue_tokens += tokens
             self._queued_reads[segment.reader] = self._queued_reads.get(segment.reader, 0) + tokens
-        self._send(self.decode, Reserve(self.key, "decode", self.prompt.num_tokens))
+        peer = _peer(self.prefill, ())
+        self._send(self.decode, Reserve(self.key, "decode", self.prompt.num_tokens, peer))
 
     async def wait_ready(self) -> bool:
-        """Wait until the prefill side has published its hit blocks; False when the attempt failed."""
+        """Wait until the prefill side has published its hits; False when the attempt failed."""
         while self.state in _BEFORE_READY:
             idle_s = self._idle_left_s()
             if idle_s <= 0:
@@ -150,8 +165,8 @@ class Transfer:
         """The attempt is over; whoever waits wakes up. The caller of ``start`` ends it."""
         if self.failure is not None:
             return
-        self.failure = Failure(reason, engine_id)
-        logger.debug("transfer %s: failed while %s: %s", self.key, self.state.value, reason)
+        self.failure = Failure(reason, engine_id, self.state)
+        logger.info("transfer %s: failed while %s: %s", self.key, self.state.value, reason)
         self._enter(State.FAILED)
 
     def end_prefill(self, *, drain: bool, reason: str) -> None:
@@ -204,7 +219,7 @@ class Transfer:
         self._open_sides.pop(engine.boot_id, None)
         # A prefill mover is not needed any more once every page has been committed.
         if not (engine is self.prefill and self.state is State.COMMITTED):
-            self.fail("peer_lost", engine.engine_id)
+            self.fail(PEER_LOST, engine.engine_id)
         self._changed.set()
 
     def _advance(self, sender: Engine, message: Message) -> None:
@@ -229,10 +244,10 @@ class Transfer:
         if from_decode and self.state is State.RESERVING_DECODE:
             self._decode_slots = message.slots
             self._enter(State.RESERVING_PREFILL)
-            self._send(self.prefill, Reserve(self.key, "prefill", self.prompt.num_tokens))
+            peer = _peer(self.decode, message.slots)
+            self._send(self.prefill, Reserve(self.key, "prefill", self.prompt.num_tokens, peer))
         elif not from_decode and self.state is State.RESERVING_PREFILL:
             self._enter(State.STAGING)
-            self._staged = True
             decode, prefill = self._decode_slots, message.slots
             self._send(self.prefill, self._stage("prefill", peer=_peer(self.decode, decode)))
             self._send(self.decode, self._stage("decode", peer=_peer(self.prefill, prefill)))
@@ -273,8 +288,6 @@ class Transfer:
         if not asked:
             self._unended.pop(engine.boot_id, None)
             return
-        if not self._staged:
-            self._send(engine, PeerStopped(self.key))
         self._send(engine, End(self.key, drain, reason))
 
     @property
@@ -331,5 +344,6 @@ def _peer(engine: Engine, slots: tuple[int, ...]) -> Peer:
         pid_start=hello.pid_start,
         address=hello.address,
         region=hello.region,
+        staging_address=hello.staging_address,
         slots=slots,
     )

@@ -1,6 +1,6 @@
-"""HTTP to the engines: one client session, answers as they come, engines that do not answer noticed.
+"""HTTP to the engines: answers as they come; engines that do not answer are noticed.
 
-``PeerLost`` is raised while nothing of an answer has arrived yet, so the caller may still ask another engine.
+``ask`` raises ``PeerLost`` while nothing of an answer has arrived: another engine may be asked.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 _CONNECT_S = 5.0
 _KEEPALIVE_S = 2.0
-"""Shorter than the 5 s of vLLM's server: a connection is never reused while the server closes it."""
+"""Shorter than the 5 s of vLLM's server: none is reused just while the server closes it."""
 _PROBE_S = 5.0
 _PROBE_INTERVAL_S = 0.5
 
@@ -80,7 +80,7 @@ class Upstream:
         headers: Mapping[str, str],
         data: bytes | AsyncIterator[bytes] | None,
     ) -> Answer:
-        """Send one request; return when the first bytes of the body, or all of a plain one, are here.
+        """Send one request; return with the first bytes of a streamed body, or all of a plain one.
 
         Cancelling closes the connection, which makes vLLM abort the request.
         """
@@ -154,4 +154,5 @@ JSON_HEADERS = {"Content-Type": "application/json"}
 
 
 def to_json(body: Mapping[str, Any]) -> bytes:
+    """A body for an engine."""
     return json.dumps(body, separators=(",", ":")).encode()

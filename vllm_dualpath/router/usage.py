@@ -1,7 +1,7 @@
 """The one correction of a decode engine's answer: how many prompt tokens were cached.
 
-vLLM's decode side takes the whole prompt from staging and reports all of it as cached. True is what was not
-computed anywhere. Only the digits are replaced; every other byte of the answer passes as it is.
+vLLM's decode side takes the whole prompt from staging and reports all of it as cached. True is what
+was not computed anywhere. Only the digits are replaced; every other byte passes as it is.
 """
 
 from __future__ import annotations

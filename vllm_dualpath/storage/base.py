@@ -25,7 +25,8 @@ class BlockEntry:
 
 
 class BlockStore(Protocol):
-    """See the module's docstring. ``payload`` is a writable buffer of ``geometry.slot_bytes`` bytes.
+    """See the module's docstring. ``payload`` is a writable buffer of ``geometry.slot_bytes``
+    bytes.
 
     Buffers are 4 KiB aligned and stay unchanged (put) or untouched by others (get) until the call
     returns.
@@ -56,6 +57,8 @@ class BlockStore(Protocol):
         """Every stored block whose header is sound, parents in no particular order."""
 
     def acquire_eviction_lease(self, owner: str, duration_s: float) -> bool:
-        """Become, or stay, the one who evicts. False while another owner's lease has not run out."""
+        """Become, or stay, the one who evicts. False while another owner's lease has not run
+        out.
+        """
 
     def close(self) -> None: ...

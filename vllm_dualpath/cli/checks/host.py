@@ -17,7 +17,7 @@ _DEFAULT_STAGING_BYTES: int = EngineConfig.model_fields["staging_bytes"].default
 
 
 def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / (1 << 30):.1f} GiB"
+    return f"{num_bytes / (1 << 30):.3g} GiB"
 
 
 def check_memlock(staging_bytes: int = _DEFAULT_STAGING_BYTES) -> Check:

