@@ -29,9 +29,8 @@ std::uint64_t put(UcxEngine& engine, std::uint64_t peer_id, const PutArray& piec
 
 std::uint64_t connect(UcxEngine& engine, const std::string& host, std::uint16_t port,
                       const std::string& worker_address, const std::string& remote_key,
-                      std::uint64_t remote_address, std::uint64_t remote_bytes,
-                      bool error_handling) {
-    PeerTarget target{std::nullopt, worker_address, remote_key, error_handling};
+                      std::uint64_t remote_address, std::uint64_t remote_bytes) {
+    PeerTarget target{std::nullopt, worker_address, remote_key};
     if (!host.empty()) target.listener = SocketAddress::parse(host, port);
     const py::gil_scoped_release release;
     return engine.connect(std::move(target), remote_address, remote_bytes);
@@ -88,8 +87,7 @@ void bind_ucx(py::module_& module) {
                  return py::bytes(engine.register_region(address, num_bytes));
              })
         .def("connect", &connect, py::arg("host"), py::arg("port"), py::arg("worker_address"),
-             py::arg("remote_key"), py::arg("remote_address"), py::arg("remote_bytes"),
-             py::arg("error_handling"))
+             py::arg("remote_key"), py::arg("remote_address"), py::arg("remote_bytes"))
         .def("put", &put, py::arg("peer_id"), py::arg("pieces"), py::arg("notice"))
         .def("disconnect", &UcxEngine::disconnect, py::arg("peer_id"), release())
         .def("poll", &poll)

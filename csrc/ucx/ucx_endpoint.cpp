@@ -6,7 +6,7 @@ namespace dualpath {
 namespace {
 
 // Puts of one endpoint before others, incoming traffic and commands have their turn.
-constexpr int kPutsPerTurn = 64;
+constexpr int kPutsPerTurn = 16;
 
 ucp_request_param_t with_callback(ucp_send_nbx_callback_t callback, void* user_data) {
     ucp_request_param_t param{};
@@ -24,7 +24,7 @@ UcxEndpoint::UcxEndpoint(std::shared_ptr<UcxWorker> worker, std::shared_ptr<PutB
       library_(&worker_->library()),
       budget_(std::move(budget)),
       peer_id_(peer_id),
-      error_handling_(target.error_handling),
+      error_handling_(target.listener.has_value()),
       packed_key_(target.remote_key) {
     ucp_ep_params_t params{};
     params.field_mask = UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE;
@@ -129,23 +129,22 @@ void UcxEndpoint::unpack_key() {
 bool UcxEndpoint::post_puts() {
     if (wiring_) return false;
     if (remote_key_ == nullptr) unpack_key();
-    if (!failure_.empty()) return true;
-    int posted = 0;
-    while (posting_ < batches_.size()) {
+    bool worked = false;
+    int left = kPutsPerTurn;
+    while (posting_ < batches_.size() && failure_.empty()) {
         PutBatch& batch = *batches_[posting_];
-        while (!batch.all_posted()) {
-            Put& put = batch.puts[batch.next];
-            if (posted == kPutsPerTurn || !budget_->take(put.num_bytes)) return posted != 0;
-            ++posted;
-            post_put(put);
-            if (!failure_.empty()) return true;
+        if (batch.all_posted()) {
+            post_flush(batch);
+            ++posting_;
+        } else if (left > 0 && budget_->take(batch.puts[batch.next].num_bytes)) {
+            post_put(batch.puts[batch.next]);
+            --left;
+        } else {
+            break;
         }
-        post_flush(batch);
-        ++posting_;
-        if (!failure_.empty()) return true;
-        posted += posted == 0 ? 1 : 0;
+        worked = true;
     }
-    return posted != 0;
+    return worked;
 }
 
 void UcxEndpoint::post_put(Put& put) {

@@ -19,12 +19,11 @@ using Clock = std::chrono::steady_clock;
 
 // How to reach a peer's memory.
 struct PeerTarget {
-    // Set for a peer on another host: connect through its listener. Otherwise `worker_address`.
+    // Set: connect through the peer's listener, with UCX's peer failure handling. Otherwise connect
+    // to its `worker_address`, without it, because it excludes UCX's shared-memory transports.
     std::optional<SocketAddress> listener;
     std::string worker_address;
     std::string remote_key;
-    // UCX's own peer failure handling. It excludes some shared-memory transports.
-    bool error_handling;
 };
 
 // Bytes that may be with UCX at once, over all endpoints. Progress thread only.

@@ -148,17 +148,24 @@ void UcxEngine::check_pieces(const Peer& peer, const Piece* pieces, std::size_t 
 
 void UcxEngine::submit(Command command) {
     const std::lock_guard lock(mutex_);
+    if (!accepts_commands_) throw PeerClosedError("the transport is closed");
     commands_.push_back(std::move(command));
     wake_.signal();
 }
 
 void UcxEngine::run() {
-    while (!stopping_) {
-        while (turn() && !stopping_) {
+    std::string why = "the transport was closed";
+    try {
+        while (!stopping_) {
+            while (turn() && !stopping_) {
+            }
+            if (!stopping_ && worker_->arm()) sleep();
         }
-        if (!stopping_ && worker_->arm()) sleep();
+    } catch (const std::exception& error) {
+        why = std::string("the transport failed: ") + error.what();
+        stopping_ = true;
     }
-    shut_down();
+    shut_down(why);
 }
 
 // Progress comes first: it may run callbacks and still say that nothing moved, and what they changed
@@ -188,8 +195,7 @@ void UcxEngine::execute(ConnectCommand& command) {
     try {
         auto endpoint = std::make_shared<UcxEndpoint>(worker_, budget_, command.peer_id,
                                                       command.target);
-        connections_.emplace(command.peer_id,
-                             Connection{std::move(command.peer), std::move(endpoint)});
+        connections_.push_back({std::move(command.peer), std::move(endpoint)});
     } catch (const UcxError& error) {
         command.peer->closed = true;
         finished_.emplace_back(command.peer_id, error.what());
@@ -197,25 +203,36 @@ void UcxEngine::execute(ConnectCommand& command) {
 }
 
 void UcxEngine::execute(PutCommand& command) {
-    const auto found = connections_.find(command.peer_id);
-    if (found != connections_.end()) {
-        found->second.endpoint->enqueue(std::move(command.batch));
+    if (UcxEndpoint* endpoint = find_endpoint(command.peer_id)) {
+        endpoint->enqueue(std::move(command.batch));
         return;
     }
     events_.push({TransportEvent::Kind::kPutDone, command.batch->id, false, "the peer is closed"});
 }
 
 void UcxEngine::execute(DisconnectCommand& command) {
-    const auto found = connections_.find(command.peer_id);
-    if (found != connections_.end()) found->second.endpoint->disconnect(Clock::now());
+    if (UcxEndpoint* endpoint = find_endpoint(command.peer_id)) {
+        endpoint->disconnect(Clock::now());
+    }
+}
+
+UcxEndpoint* UcxEngine::find_endpoint(std::uint64_t peer_id) {
+    for (Connection& connection : connections_) {
+        if (connection.endpoint->peer_id() == peer_id) return connection.endpoint.get();
+    }
+    return nullptr;
 }
 
 bool UcxEngine::advance_endpoints() {
     bool worked = false;
     const Clock::time_point now = Clock::now();
+    // Whoever came first comes last next time: one peer's backlog must not keep the whole budget.
+    if (connections_.size() > 1) {
+        connections_.splice(connections_.end(), connections_, connections_.begin());
+    }
     for (auto next = connections_.begin(); next != connections_.end();) {
         auto current = next++;
-        auto& [peer, endpoint] = current->second;
+        auto& [peer, endpoint] = *current;
         worked |= endpoint->advance(events_, now);
         // From here on put() refuses; puts that it has let through are answered before
         // kPeerClosed, because report_finished() runs after the commands of the next turn.
@@ -237,7 +254,7 @@ void UcxEngine::report_finished() {
 
 int UcxEngine::milliseconds_to_deadline() const {
     int timeout_ms = finished_.empty() ? -1 : 0;
-    for (const auto& [peer_id, connection] : connections_) {
+    for (const Connection& connection : connections_) {
         const auto deadline = connection.endpoint->deadline();
         if (!deadline) continue;
         const auto left = std::chrono::ceil<std::chrono::milliseconds>(*deadline - Clock::now());
@@ -256,12 +273,14 @@ void UcxEngine::sleep() {
 
 // Whatever a dead peer does, this ends: endpoints abandon after their own deadline, and the worker
 // takes with it what has not closed.
-void UcxEngine::shut_down() {
+void UcxEngine::shut_down(const std::string& why) {
+    {
+        const std::lock_guard lock(mutex_);
+        accepts_commands_ = false;
+    }
     run_commands();
     const Clock::time_point deadline = Clock::now() + kShutDownTimeout;
-    for (auto& [peer_id, connection] : connections_) {
-        connection.endpoint->abort("the transport was closed", Clock::now());
-    }
+    for (Connection& connection : connections_) connection.endpoint->abort(why, Clock::now());
     listener_->close();
     while ((!connections_.empty() || !listener_->closed()) && Clock::now() < deadline) {
         if (!turn()) usleep(200);

@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <list>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -100,11 +101,12 @@ class UcxEngine {
     void execute(ConnectCommand& command);
     void execute(PutCommand& command);
     void execute(DisconnectCommand& command);
+    UcxEndpoint* find_endpoint(std::uint64_t peer_id);
     bool advance_endpoints();
     void report_finished();
     void sleep();
     int milliseconds_to_deadline() const;
-    void shut_down();
+    void shut_down(const std::string& why);
 
     std::shared_ptr<UcxContext> context_;
     EngineOptions options_;
@@ -120,6 +122,7 @@ class UcxEngine {
     // Both threads.
     std::mutex mutex_;
     std::vector<Command> commands_;
+    bool accepts_commands_ = true;
     std::atomic<bool> stopping_{false};
     EventFd wake_;
 
@@ -127,7 +130,7 @@ class UcxEngine {
     std::shared_ptr<UcxWorker> worker_;
     std::unique_ptr<UcxListener> listener_;
     std::shared_ptr<PutBudget> budget_;
-    std::unordered_map<std::uint64_t, Connection> connections_;
+    std::list<Connection> connections_;
     std::vector<std::pair<std::uint64_t, std::string>> finished_;  // peer id, error
     int epoll_fd_ = -1;
 

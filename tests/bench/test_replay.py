@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import pytest
 
-from tests.bench.vllm_double import VllmDouble, answer
 from vllm_dualpath.bench.replay import (
     ReplayPlan,
     ReplayResult,
@@ -15,6 +15,8 @@ from vllm_dualpath.bench.replay import (
     replay,
 )
 from vllm_dualpath.errors import ConfigError, RequestError
+
+from .vllm_double import VllmDouble, answer
 
 PLAN = ReplayPlan(agents=3, turns=4, append=TokenRange(5, 9), first=TokenRange(20, 20), generate=6)
 
@@ -58,6 +60,16 @@ def test_agents_run_at_once_and_turns_one_after_the_other() -> None:
     server = VllmDouble(delay_s=0.01)
     run(server)
     assert server.most_in_flight == PLAN.agents
+
+
+def test_in_lockstep_a_turn_starts_when_all_have_finished_the_last() -> None:
+    """Turns never overlap, also when an agent drops out."""
+    plan = dataclasses.replace(PLAN, lockstep=True)
+    result = run(VllmDouble(delay_s=0.003, refuse_from=5), plan)
+    for turn in range(1, PLAN.turns):
+        before = [r for r in result.records if r.turn == turn - 1 and r.completion is not None]
+        now = [r.start_s for r in result.records if r.turn == turn]
+        assert all(min(now) >= r.start_s + r.completion.arrival_s[-1] for r in before if now)  # type: ignore[union-attr]
 
 
 def test_appends_depend_on_the_seed_and_the_agent_alone() -> None:
@@ -112,9 +124,7 @@ def test_exact_answers_are_counted_token_by_token() -> None:
         async with VllmDouble().serve() as url:
             result = await replay(url, PLAN)
             first = result.records[0]
-            other = type(first)(
-                first.agent, first.turn, (*first.prompt, 1), 0.0, first.completion
-            )
+            other = type(first)(first.agent, first.turn, (*first.prompt, 1), 0.0, first.completion)
             changed = ReplayResult(result.jct_s, (other, *result.records[1:]))
             return await count_exact(url, result), await count_exact(url, changed)
 

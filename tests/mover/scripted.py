@@ -290,7 +290,7 @@ class ScriptedRouter:
         self.socket.bind(endpoint)
         self.endpoint = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.boot_id = os.urandom(16)
-        self.heartbeat_s = 0.2
+        self.heartbeat_s = 0.05
         self.send_snapshot = False
         self.silent = False
         self.hellos: dict[bytes, Hello] = {}
@@ -395,11 +395,13 @@ class Transfer:
         self.prefill_slots: tuple[int, ...] = ()
         self.decode_slots: tuple[int, ...] = ()
 
-    def reserve_decode(self) -> None:
+    def ask_decode(self) -> None:
+        """Send the decode side's ``Reserve``."""
         num_tokens = len(self.prompt.tokens)
-        self.router.send(
-            self.decode, Reserve(self.key, "decode", num_tokens, self.prefill.peer())
-        )
+        self.router.send(self.decode, Reserve(self.key, "decode", num_tokens, self.prefill.peer()))
+
+    def reserve_decode(self) -> None:
+        self.ask_decode()
         self.decode_slots = self.router.expect(self.decode, Reserved, self.key).slots
 
     def reserve_prefill(self) -> None:
@@ -452,3 +454,15 @@ class Transfer:
         expected = self.prompt.expected_blocks()
         for block in range(num_blocks):
             assert mover.engine.slot(claimed.slots[block]) == expected[block], f"block {block}"
+
+    def assert_whole(self, claimed: ClaimedTransfer, mover: MoverProcess) -> None:
+        """Every page of the prompt is in the slots; what lies beyond its last token is not."""
+        blocks = self.prompt.expected_blocks()
+        per_block = GEOMETRY.pages_per_block
+        for layer in range(GEOMETRY.num_layers):
+            for page in range(self.prompt.num_pages):
+                block, in_block = divmod(page, per_block)
+                start = GEOMETRY.page_offset(layer, in_block)
+                end = start + GEOMETRY.layer_page_bytes[layer]
+                found = mover.engine.slot(claimed.slots[block])[start:end]
+                assert found == blocks[block][start:end], f"layer {layer} page {page}"

@@ -1,43 +1,156 @@
-"""Transfers that go well, between two real movers over UCX."""
+"""Transfers that go well, between two real mover processes over UCX."""
+
 from __future__ import annotations
+
 import pytest
-from vllm_dualpath.messages import Committed, Ended, Ready, SegmentDone, Stored
-from tests.mover.scripted import *
 
-@pytest.fixture
-def pair(tmp_path):
-    store = tmp_path/"store"; store.mkdir()
-    r = ScriptedRouter()
-    p = MoverProcess(tmp_path, "p0", "prefill", r.endpoint, store)
-    d = MoverProcess(tmp_path, "d0", "decode", r.endpoint, store)
-    r.join(p); r.join(d)
-    yield r,p,d,store
-    print(p.log.read_text()); print(d.log.read_text())
-    p.close(); d.close(); r.close()
+from tests.mover.cluster import Cluster
+from tests.mover.scripted import GEOMETRY, block_payload, open_test_store, wait_for
+from vllm_dualpath.messages import Ended, Reserved, SegmentDone, Stored, TransferFailed
+from vllm_dualpath.storage.directio import aligned_buffer
 
-@pytest.mark.parametrize("split", [3,0,1,None])
-def test_good(pair, split):
-    r,p,d,store = pair
-    prompt = Prompt(37)
-    hits = 3
-    if split is None: hits=split=0
-    prompt.store(store, hits)
-    t = Transfer(r,p,d,prompt)
-    t.reserve(); t.stage(split,hits)
-    if split: assert r.expect(p, SegmentDone, t.key).good_until == split
-    if split<hits: assert r.expect(d, SegmentDone, t.key).good_until == hits
-    assert r.expect(p, Ready, t.key).num_hit_blocks == hits
-    c = p.engine.claim(t.key)
-    t.assert_staged(c, p, hits)
-    p.engine.save_pages(c, prompt)
-    r.expect(d, Committed, t.key)
-    cd = d.engine.claim(t.key)
-    expected = prompt.expected_blocks()
-    for b in range(4): assert d.engine.slot(cd.slots[b]) == expected[b]
-    t.end(p, True)
-    p.engine.release(t.key)
-    r.expect(p, Ended, t.key)
-    d.engine.release(t.key)
-    r.expect(d, Ended, t.key)
-    t.end(d, True)
-    r.expect(d, Ended, t.key)
+
+@pytest.mark.parametrize(
+    ("split", "num_hits"), [(3, 3), (0, 3), (1, 3), (0, 0)], ids=["prefill", "decode", "split", "none"]
+)
+def test_plans(cluster: Cluster, split: int, num_hits: int) -> None:
+    """Whoever reads the hits, both engines get every byte, and nothing stays in use."""
+    transfer = cluster.transfer(num_stored=num_hits)
+    transfer.reserve()
+    transfer.stage(split, num_hits)
+    if split:
+        done = cluster.router.expect(cluster.prefill, SegmentDone, transfer.key)
+        assert (done.first_block, done.good_until, done.error) == (0, split, "")
+    if split < num_hits:
+        done = cluster.router.expect(cluster.decode, SegmentDone, transfer.key)
+        assert (done.first_block, done.good_until, done.error) == (split, num_hits, "")
+    cluster.commit(transfer, num_hits)
+    cluster.finish(transfer)
+
+
+def test_new_blocks_are_stored(cluster: Cluster) -> None:
+    """The prompt's full blocks reach the store once, and a fresh store reads them back."""
+    transfer = cluster.transfer(num_tokens=37, num_stored=1)
+    transfer.reserve()
+    transfer.stage(1, 1)
+    cluster.commit(transfer, 1)
+    stored = set()
+    while len(stored) < 3:
+        stored |= {each.hash for each in cluster.router.expect(cluster.decode, Stored).blocks}
+    assert stored == set(transfer.prompt.hashes[1:])
+    store = open_test_store(cluster.store)
+    for block_hash in transfer.prompt.hashes:
+        buffer = aligned_buffer(GEOMETRY.slot_bytes)
+        store.get(block_hash, buffer)
+        assert bytes(buffer)[: GEOMETRY.payload_bytes] == (
+            block_payload(block_hash)[: GEOMETRY.payload_bytes]
+        )
+    store.close()
+    cluster.finish(transfer)
+
+
+def test_chunked_saves(cluster: Cluster) -> None:
+    """Pages saved in pieces, twice, and out of order commit once all are there."""
+    transfer = cluster.transfer(num_stored=1)
+    transfer.reserve()
+    transfer.stage(0, 1)
+    claimed = cluster.claim_ready(transfer, 1)
+    engine = cluster.prefill.engine
+    engine.save_pages(claimed, transfer.prompt, first_page=5)
+    assert cluster.decode.engine.table.claim(transfer.key) is None
+    engine.save_pages(claimed, transfer.prompt)
+    engine.save_pages(claimed, transfer.prompt, first_page=4)
+    cluster.claim_committed(transfer)
+    cluster.finish(transfer)
+
+
+def test_several_releases(cluster: Cluster) -> None:
+    """With n requests the decode slots are freed, early, after the n-th release."""
+    transfer = cluster.transfer()
+    transfer.reserve()
+    transfer.stage(3, 3, num_releases=3)
+    cluster.commit(transfer, 3)
+    engine = cluster.decode.engine
+    for _ in range(2):
+        assert engine.table.claim(transfer.key) is not None
+    for _ in range(2):
+        engine.release(transfer.key)
+    cluster.router.expect_load(
+        cluster.decode, lambda load: load.stats.slots_used == 5, "slots are held by one claim"
+    )
+    engine.release(transfer.key)
+    cluster.router.expect(cluster.decode, Ended, transfer.key)
+    assert engine.table.claim(transfer.key) is None
+    transfer.end(cluster.decode, drain=True)
+    cluster.router.expect(cluster.decode, Ended, transfer.key)
+    transfer.end(cluster.prefill, drain=True)
+    cluster.prefill.engine.release(transfer.key)
+    cluster.router.expect(cluster.prefill, Ended, transfer.key)
+
+
+def test_reservations_are_first_come_first_served(cluster: Cluster) -> None:
+    """A large reservation waits and holds back a smaller one behind it; both are granted."""
+    first = cluster.transfer(num_tokens=64, num_stored=0)
+    second = cluster.transfer(num_tokens=64, num_stored=0)
+    third, fourth = (cluster.transfer(num_tokens=64, num_stored=0) for _ in range(2))
+    small = cluster.transfer(num_tokens=8, num_stored=0)
+    # 20 decode slots: two prompts of 8 blocks fit, the third waits, and so does the small one.
+    first.reserve_decode()
+    second.reserve_decode()
+    third.ask_decode()
+    small.ask_decode()
+    fourth.ask_decode()
+    cluster.router.expect_load(
+        cluster.decode, lambda load: load.stats.open_transfers == 5, "three reservations wait"
+    )
+    assert not cluster.router.received(cluster.decode)
+    fourth.end(cluster.decode, drain=False)
+    cluster.router.expect(cluster.decode, Ended, fourth.key)
+    first.end(cluster.decode, drain=False)
+    order = [cluster.router.expect(cluster.decode, Reserved).key for _ in range(2)]
+    assert order == [third.key, small.key]
+    for transfer in (second, third, small):
+        transfer.end(cluster.decode, drain=False)
+        cluster.router.expect(cluster.decode, Ended, transfer.key)
+
+
+def test_impossible_requests_are_refused(cluster: Cluster) -> None:
+    """What can never be granted or executed is answered with ``TransferFailed``, and counted."""
+    too_long = cluster.transfer(num_tokens=65, num_stored=0)
+    too_long.ask_decode()
+    cluster.router.expect(cluster.decode, TransferFailed, too_long.key)
+    unknown = cluster.transfer(num_stored=0)
+    unknown.decode_slots = unknown.prefill_slots = tuple(range(5))
+    unknown.stage_at(cluster.decode, 0, 0)
+    cluster.router.expect(cluster.decode, TransferFailed, unknown.key)
+    gap = cluster.transfer(num_stored=0)
+    gap.reserve()
+    gap.prefill_slots = gap.prefill_slots[:-1]
+    gap.stage_at(cluster.decode, 3, 3)
+    cluster.router.expect(cluster.decode, TransferFailed, gap.key)
+    for mover in (cluster.prefill, cluster.decode):
+        gap.end(mover, drain=False)
+        cluster.router.expect(mover, Ended, gap.key)
+
+
+def test_ended_keys_stay_ended(cluster: Cluster) -> None:
+    """A key that has ended can be neither reserved nor staged again."""
+    transfer = cluster.transfer(num_stored=0)
+    transfer.end(cluster.decode, drain=False)
+    cluster.router.expect(cluster.decode, Ended, transfer.key)
+    transfer.ask_decode()
+    cluster.router.expect(cluster.decode, TransferFailed, transfer.key)
+
+
+def test_many_transfers_at_once(cluster: Cluster) -> None:
+    """Transfers that share both movers do not disturb each other."""
+    transfers = [cluster.transfer(num_tokens=37, num_stored=3) for _ in range(4)]
+    for transfer in transfers:
+        transfer.reserve()
+    for split, transfer in enumerate(transfers):
+        transfer.stage(split, 3)
+    for transfer in reversed(transfers):
+        cluster.commit(transfer, 3)
+    for transfer in transfers:
+        cluster.finish(transfer)
+    wait_for(lambda: cluster.decode.engine.table.claim(transfers[0].key) is None, "entry is gone")

@@ -25,6 +25,19 @@ from vllm_dualpath.transport import (
 
 NUM_BYTES = 32 << 20
 
+# (local offset, remote offset, bytes) of pieces that no region holds
+OUTSIDE = [
+    (0, NUM_BYTES - 10, 11),
+    (NUM_BYTES - 10, 0, 11),
+    (-1, 0, 1),
+    (0, -1, 1),
+    (0, NUM_BYTES, 1),
+    (NUM_BYTES, 0, 1),
+    (0, 0, NUM_BYTES + 1),
+    (0, 0, (1 << 64) - 1),
+    (0, 0, 0),
+]
+
 
 @dataclass
 class Pair:
@@ -158,30 +171,17 @@ class TransportContract:
         with pytest.raises(TransportError, match="4096"):
             pair.put(notice=bytes(4097))
 
-    @pytest.mark.parametrize(
-        "piece",
-        [
-            (0, NUM_BYTES - 10, 11),
-            (NUM_BYTES - 10, 0, 11),
-            (-1, 0, 1),
-            (0, -1, 1),
-            (0, NUM_BYTES, 1),
-            (NUM_BYTES, 0, 1),
-            (0, 0, NUM_BYTES + 1),
-            (0, 0, (1 << 64) - 1),
-            (0, 0, 0),
-        ],
-    )
-    def test_pieces_outside_are_refused(self, pair: Pair, piece: tuple[int, int, int]) -> None:
+    def test_pieces_outside_are_refused(self, pair: Pair) -> None:
         """One bad piece refuses the whole batch before a byte of it is written."""
-        bad = [
-            (pair.memory.address + piece[0]) % (1 << 64),
-            (pair.target_address + piece[1]) % (1 << 64),
-            piece[2],
-        ]
         good = [pair.memory.address, pair.target_address, 8]
-        with pytest.raises(TransportError):
-            pair.transport.put(pair.peer_id, np.array([good, bad], dtype=np.uint64), b"bad")
+        for local, remote, num_bytes in OUTSIDE:
+            bad = [
+                (pair.memory.address + local) % (1 << 64),
+                (pair.target_address + remote) % (1 << 64),
+                num_bytes,
+            ]
+            with pytest.raises(TransportError):
+                pair.transport.put(pair.peer_id, np.array([good, bad], dtype=np.uint64), b"bad")
         pair.put_and_wait((0, 8, 8))
         assert pair.target.read(0, 8) == bytes(8)
         assert pair.target.next_notice(0, 0.05) is None

@@ -3,9 +3,11 @@ from __future__ import annotations
 import select
 import time
 
+import numpy as np
 import pytest
 
 from tests.transport.contract import NUM_BYTES, Pair, TransportContract
+from tests.transport.target import Memory
 from vllm_dualpath.errors import PeerLost, TransportError
 from vllm_dualpath.transport import PeerClosed, PutDone
 from vllm_dualpath.transport.ucx import UcxTransport
@@ -92,8 +94,10 @@ class TestSharedMemory(UcxContract):
     """Two processes of one host, whatever UCX has for them."""
 
 
-class TestTcpOnOneHost(UcxContract):
-    environment = TCP_ONLY
+class TestWithoutCma(UcxContract):
+    """Two processes of one host that cannot write each other's memory."""
+
+    environment = {"UCX_TLS": "^cma"}
 
 
 class TestBetweenHosts(UcxContract):
@@ -118,7 +122,7 @@ class TestBetweenHosts(UcxContract):
             pair.put((0, 0, NUM_BYTES))
         pair.target.close()
         seen = pair.target.read(0, NUM_BYTES)
-        pair.memory.registered[:] = bytes(b"\xa5") * NUM_BYTES
+        pair.memory.registered[:] = b"\xa5" * NUM_BYTES
         try:
             for _ in range(4):
                 pair.put((0, 0, NUM_BYTES))
@@ -147,8 +151,6 @@ def test_peer_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Connecting to a closed listener ends in PeerClosed, and puts before it in PutDone."""
     monkeypatch.setenv("UCX_TLS", "tcp,self")
     gone, transport = UcxTransport(), UcxTransport()
-    from tests.transport.target import Memory
-
     memory = Memory(4096)
     region = gone.register(memory.address, 4096)
     transport.register(memory.address, 4096)
@@ -160,8 +162,6 @@ def test_peer_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(0.1)
         assert [type(event) for event in transport.poll()] == [PeerClosed]
         with pytest.raises(PeerLost):
-            import numpy as np
-
             transport.put(peer_id, np.zeros((0, 3), dtype=np.uint64), b"")
     finally:
         transport.close()

@@ -159,13 +159,14 @@ class LocalCluster:
         return [engine.name for engine in self.engines if not healthy(engine.url)]
 
     def _missing(self) -> list[str]:
-        listed = set(self._listed())
-        return [engine.name for engine in self.engines if engine.name not in listed]
+        listed = self._listed()
+        served = {name for name, engine in listed.items() if engine.get("serving")}
+        return [engine.name for engine in self.engines if engine.name not in served]
 
     def _listed(self) -> dict[str, dict[str, Any]]:
         """The router's engines by id; empty while it does not answer."""
         with contextlib.suppress(OSError, ValueError):
-            return {str(engine["id"]): engine for engine in self.status()["engines"]}
+            return {str(engine["engine_id"]): engine for engine in self.status()["engines"]}
         return {}
 
     def _not_ready(self) -> str:

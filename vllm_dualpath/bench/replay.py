@@ -35,9 +35,9 @@ class TokenRange:
     @classmethod
     def parse(cls, text: str) -> TokenRange:
         """Parse ``N`` or ``LOW-HIGH``. Raises ``ConfigError``."""
-        low, _, high = text.partition("-")
+        low, separator, high = text.partition("-")
         try:
-            parsed = cls(int(low), int(high or low))
+            parsed = cls(int(low), int(high if separator else low))
         except ValueError as exc:
             raise ConfigError(f"append: expected N or LOW-HIGH, found {text!r}") from exc
         if not 1 <= parsed.low <= parsed.high:
@@ -58,6 +58,8 @@ class ReplayPlan:
     seed: int = 0
     think_time_s: float = 0.0
     """Pause between an answer and the agent's next turn."""
+    lockstep: bool = False
+    """All agents start a turn together: load on the storage queues that does not depend on luck."""
 
     def __post_init__(self) -> None:
         if min(self.agents, self.turns, self.generate) < 1 or self.think_time_s < 0:
@@ -167,9 +169,9 @@ async def replay(
     async with open_session() as session:
         name = model or await served_model(session, url)
         run = _Run(session, url, name, plan, on_answer, time.perf_counter())
-        agents = await asyncio.gather(*(run.agent(agent) for agent in range(plan.agents)))
+        records = await run.all_agents()
         jct_s = time.perf_counter() - run.start_s
-    return ReplayResult(jct_s, tuple(record for records in agents for record in records))
+    return ReplayResult(jct_s, tuple(records))
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,22 +183,16 @@ class _Run:
     on_answer: Callable[[RequestRecord], None]
     start_s: float
 
-    async def agent(self, agent: int) -> list[RequestRecord]:
-        records: list[RequestRecord] = []
-        prompt: tuple[int, ...] = ()
-        for turn, append in enumerate(self.plan.appends(agent)):
-            if turn and self.plan.think_time_s:
-                await asyncio.sleep(self.plan.think_time_s)
-            prompt = (*prompt, *append)
-            record = await self._request(agent, turn, prompt)
-            records.append(record)
-            self.on_answer(record)
-            if record.completion is None:
-                break
-            prompt = (*prompt, *record.completion.token_ids)
-        return records
+    async def all_agents(self) -> list[RequestRecord]:
+        agents = [_Agent(self, idx) for idx in range(self.plan.agents)]
+        if self.plan.lockstep:
+            for turn in range(self.plan.turns):
+                await asyncio.gather(*(agent.take_turn(turn) for agent in agents))
+        else:
+            await asyncio.gather(*(agent.take_all_turns() for agent in agents))
+        return [record for agent in agents for record in agent.records]
 
-    async def _request(self, agent: int, turn: int, prompt: tuple[int, ...]) -> RequestRecord:
+    async def request(self, agent: int, turn: int, prompt: tuple[int, ...]) -> RequestRecord:
         sent_s = time.perf_counter() - self.start_s
         try:
             completion = await complete(
@@ -205,6 +201,37 @@ class _Run:
         except RequestError as exc:
             return RequestRecord(agent, turn, prompt, sent_s, error=str(exc))
         return RequestRecord(agent, turn, prompt, sent_s, completion)
+
+
+class _Agent:
+    """One agent and all it has said and heard."""
+
+    def __init__(self, run: _Run, idx: int) -> None:
+        self.records: list[RequestRecord] = []
+        self._run = run
+        self._idx = idx
+        self._appends = run.plan.appends(idx)
+        self._prompt: tuple[int, ...] = ()
+        self._failed = False
+
+    async def take_all_turns(self) -> None:
+        for turn in range(len(self._appends)):
+            await self.take_turn(turn)
+
+    async def take_turn(self, turn: int) -> None:
+        """Pause, ask, remember. Does nothing once a request has failed."""
+        if self._failed:
+            return
+        if turn and self._run.plan.think_time_s:
+            await asyncio.sleep(self._run.plan.think_time_s)
+        prompt = (*self._prompt, *self._appends[turn])
+        record = await self._run.request(self._idx, turn, prompt)
+        self.records.append(record)
+        self._run.on_answer(record)
+        if record.completion is None:
+            self._failed = True
+        else:
+            self._prompt = (*prompt, *record.completion.token_ids)
 
 
 async def count_exact(url: str, result: ReplayResult, model: str | None = None) -> int:

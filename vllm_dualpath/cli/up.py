@@ -80,8 +80,6 @@ def run_cluster(cluster: LocalCluster, status_json: Path | None, stop: threading
     try:
         cluster.launch()
         cluster.wait_ready(stop)
-        if stop.is_set():
-            return 0
         if status_json is not None:
             cluster.write_description(status_json)
         _announce(cluster)

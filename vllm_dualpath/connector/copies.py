@@ -11,7 +11,7 @@ import queue
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from vllm.logger import init_logger
@@ -87,7 +87,7 @@ class CudaCopies:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def submit(self, copy: Copy) -> Mark:
         return self._launch(copy, self.now())
@@ -97,7 +97,7 @@ class CudaCopies:
             torch.cuda.current_stream(self._device).wait_event(mark)
 
     def now(self) -> Mark:
-        mark = torch.cuda.Event(blocking=True)
+        mark = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         mark.record(torch.cuda.current_stream(self._device))
         return mark
 
@@ -112,7 +112,7 @@ class CudaCopies:
         from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
 
         self._check(
-            torch.cuda.cudart().cudaHostRegister(
+            _cudart().cudaHostRegister(
                 memory.data_ptr(), memory.numel(), _HOST_REGISTER_PORTABLE
             ),
             f"registering {memory.numel()} bytes of staging memory",
@@ -122,7 +122,7 @@ class CudaCopies:
     def unmap_memory(self, memory: torch.Tensor) -> None:
         self._stream.synchronize()
         self._check(
-            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()),
+            _cudart().cudaHostUnregister(memory.data_ptr()),
             "unregistering staging memory",
         )
 
@@ -131,7 +131,7 @@ class CudaCopies:
             if after is not None:
                 self._stream.wait_event(after)
             copy()
-            mark = torch.cuda.Event(blocking=True)
+            mark = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             mark.record(self._stream)
         return mark
 
@@ -177,3 +177,8 @@ class CopyThread:
                 job()
             except Exception:
                 logger.exception("a copy job failed")
+
+
+def _cudart() -> Any:
+    """The CUDA runtime that torch itself found and loaded."""
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]

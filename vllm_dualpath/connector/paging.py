@@ -115,7 +115,7 @@ def _page_view(cache: torch.Tensor, num_blocks: int, page_bytes: int) -> torch.T
         if not (page_bytes % item or stride_bytes % item or offset_bytes % item):
             view = torch.empty(0, dtype=dtype, device=cache.device)
             view.set_(
-                cache.untyped_storage(),  # type: ignore[arg-type] # torch's stub lacks this overload
+                cache.untyped_storage(),
                 offset_bytes // item,
                 (num_blocks, page_bytes // item),
                 (stride_bytes // item, 1),

@@ -99,13 +99,20 @@ class Recorder:
                 stats.push_to_prefill_bytes,
                 last.push_to_prefill_bytes,
             ),
-            (metrics.PUSH_BYTES, "to_decode", stats.push_to_decode_bytes, last.push_to_decode_bytes),
+            (
+                metrics.PUSH_BYTES,
+                "to_decode",
+                stats.push_to_decode_bytes,
+                last.push_to_decode_bytes,
+            ),
             (metrics.CORRUPT_BLOCKS, "", stats.corrupt_blocks, last.corrupt_blocks),
             (metrics.BLOCKS_NOT_STORED, "", stats.blocks_not_stored, last.blocks_not_stored),
         ):
             self.count(metric, max(0, now - before), label)
         for reason, total in stats.load_failures.items():
-            self.count(metrics.LOAD_FAILURES, max(0, total - last.load_failures.get(reason, 0)), reason)
+            self.count(
+                metrics.LOAD_FAILURES, max(0, total - last.load_failures.get(reason, 0)), reason
+            )
         self.observe(metrics.STAGE_SECONDS, list(stats.stage_seconds))
         with self._lock:
             for state in metrics.SLOT_STATES:
@@ -161,7 +168,10 @@ class DualPathPromMetrics(KVConnectorPromMetrics):
             for key, value in transfer_stats_data.get(kind, {}).items():
                 name, _, label = key.partition(_SEPARATOR)
                 metric, made = self._metrics[name]
-                values = [*self.per_engine_labelvalues[engine_idx], *([label] if metric.labels else [])]
+                values = [
+                    *self.per_engine_labelvalues[engine_idx],
+                    *([label] if metric.labels else []),
+                ]
                 child = made.labels(*values)
                 if kind == "counter":
                     child.inc(value)

@@ -36,18 +36,17 @@ class WorkerMover:
         engine: CopyEngine,
         on_message: Callable[[LocalMessage], None],
         on_lost: Callable[[], None],
-        *,
-        start_process: bool = True,
     ) -> None:
         self._geometry = geometry
         self._caches = caches
         self._engine = engine
         self._on_message = on_message
         self._on_lost = on_lost
-        self._process = MoverProcess(spec) if start_process else None
+        self._process = MoverProcess(spec)
         self._staging: Staging | None = None
         self._scheduler_boot: bytes | None = None
-        self._last_step_s = time.monotonic()
+        self._last_step_s = self._lost_s = time.monotonic()
+        self._gone: bytes | None = None
         self._changed = threading.Condition()
         self._closing = False
         self.connection = MoverConnection(Path(spec.socket_path), "worker", self)
@@ -65,7 +64,7 @@ class WorkerMover:
         Waits for a mapping that is being made: the scheduler side may attach first.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._has(boot_id) or self._closing, _MAP_WAIT_S)
+            self._changed.wait_for(lambda: self._known(boot_id), _MAP_WAIT_S)
             staging = self._staging
             if staging is not None and staging.boot_id == boot_id and staging.acquire():
                 return staging
@@ -77,15 +76,13 @@ class WorkerMover:
             self._closing = True
             self._changed.notify_all()
         self.connection.close()
-        if self._process is not None:
-            self._process.stop()
+        self._process.stop()
         self._retire()
 
     def prepare(self) -> None:
         self._wait_until_unused()
         self._retire()
-        if self._process is not None:
-            self._process.ensure_running()
+        self._process.ensure_running()
 
     def attached(self, attached: Attached, fds: list[int]) -> None:
         staging = Staging(attached, fds[0], self._geometry, self._caches, self._engine)
@@ -97,10 +94,14 @@ class WorkerMover:
         self._on_message(message)
 
     def lost(self) -> None:
+        with self._changed:
+            self._lost_s = time.monotonic()
         self._on_lost()
 
-    def _has(self, boot_id: bytes) -> bool:
-        return self._staging is not None and self._staging.boot_id == boot_id
+    def _known(self, boot_id: bytes) -> bool:
+        """Whether it is settled if that mover's memory is mapped."""
+        mapped = self._staging is not None and self._staging.boot_id == boot_id
+        return mapped or boot_id == self._gone or self._closing
 
     def _wait_until_unused(self) -> None:
         """Until no order that names the last mover can arrive: the scheduler side has moved on.
@@ -110,10 +111,12 @@ class WorkerMover:
         """
         with self._changed:
             while self._staging is not None and not self._closing:
-                idle_s = time.monotonic() - self._last_step_s
-                if self._scheduler_boot != self._staging.boot_id and idle_s < _IDLE_S:
-                    return
-                if idle_s >= _IDLE_S:
+                moved_on = (
+                    self._last_step_s > self._lost_s
+                    and self._scheduler_boot != self._staging.boot_id
+                )
+                idle_s = time.monotonic() - max(self._last_step_s, self._lost_s)
+                if moved_on or idle_s >= _IDLE_S:
                     return
                 self._changed.wait(_IDLE_S - idle_s)
 
@@ -123,3 +126,4 @@ class WorkerMover:
             staging.retire(_RETIRE_S)
             with self._changed:
                 self._staging = None
+                self._gone = staging.boot_id

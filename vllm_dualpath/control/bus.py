@@ -7,6 +7,7 @@ heartbeats close connections whose other host is gone.
 from __future__ import annotations
 
 import errno
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +89,36 @@ class MoverSocket:
         self.socket.setsockopt(zmq.IDENTITY, identity)
         self.socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
         self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS)
-        # Messages to a router that is away wait in the queue of its next connection.
+        # Without this, what is sent to a router that is away piles up in a queue out of our reach,
+        # ``Hello`` by ``Hello``, and floods it when it is back.
+        self.socket.setsockopt(zmq.IMMEDIATE, 1)
+        self._unsent: deque[bytes] = deque()
         if keys is not None:
             secure_client(self.socket, keys)
         self.socket.connect(endpoint)
 
     def send(self, payload: bytes) -> None:
-        """Queue one message; never blocks."""
-        self.socket.send(payload, zmq.NOBLOCK)
+        """Send, or keep it while there is no connection; never blocks."""
+        self._unsent.append(payload)
+        self.flush()
+
+    @property
+    def wants_write(self) -> bool:
+        """Messages wait: the owner polls for writing too, and then calls ``flush``."""
+        return bool(self._unsent)
+
+    def flush(self) -> None:
+        """Send what waits, in order, if there is a connection."""
+        while self._unsent:
+            try:
+                self.socket.send(self._unsent[0], zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._unsent.popleft()
+
+    def forget_unsent(self) -> None:
+        """Drop what waits for a connection: it was for a router that is no more."""
+        self._unsent.clear()
 
     def receive(self) -> list[bytes]:
         """Every message that waits."""

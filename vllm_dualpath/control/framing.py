@@ -15,6 +15,8 @@ from vllm_dualpath.messages import MAX_MESSAGE_BYTES
 _LENGTH = struct.Struct("<I")
 _RECEIVE_BYTES = 256 << 10
 _MAX_FDS = 8
+_MAX_READS = 64
+"""Reads of one ``receive``: a sender that never pauses must not hold the owner up."""
 
 
 class FramedSocket:
@@ -88,10 +90,12 @@ class FramedSocket:
 
     def _fill(self) -> bool:
         """Read what is there; false when the stream has ended."""
-        while True:
+        for _ in range(_MAX_READS):
             try:
                 data, ancillary, _, _ = self._socket.recvmsg(
-                    _RECEIVE_BYTES, socket.CMSG_SPACE(_MAX_FDS * array.array("i").itemsize)
+                    _RECEIVE_BYTES,
+                    socket.CMSG_SPACE(_MAX_FDS * array.array("i").itemsize),
+                    socket.MSG_CMSG_CLOEXEC,
                 )
             except BlockingIOError:
                 return True
@@ -105,6 +109,7 @@ class FramedSocket:
             if not data:
                 return False
             self._received += data
+        return True
 
     def _split(self) -> list[bytes]:
         messages = []

@@ -81,6 +81,11 @@ class _SharedTable:
         self._words: npt.NDArray[np.uint64] = np.frombuffer(claims, dtype=np.uint64, count=capacity)
         self._words_address = self._words.ctypes.data
 
+    @property
+    def max_blocks(self) -> int:
+        """Slots that an entry can name."""
+        return self._max_blocks
+
     def _word_address(self, entry: int) -> int:
         return self._words_address + 8 * entry
 

@@ -42,7 +42,7 @@ def shed_inheritance() -> None:
 
 
 def main() -> int:
-    """Run until the engine is gone; 2 for a configuration that cannot work."""
+    """Run until the engine is gone: 0; 1 if stores did not end; 2 for a bad configuration."""
     parser = argparse.ArgumentParser(prog="vllm-dualpath mover")
     parser.add_argument("--spec", type=Path, required=True, help="file written by the engine")
     parser.add_argument("--log-level", default="INFO")
@@ -53,8 +53,8 @@ def main() -> int:
         stream=sys.stderr,
     )
     try:
-        shed_inheritance()
         spec = read_spec(arguments.spec)
+        shed_inheritance()
         mover = Mover(spec, parse_engine_config(spec.config))
     except DualPathError as exc:
         print(f"vllm-dualpath mover: {exc}", file=sys.stderr)
@@ -62,7 +62,11 @@ def main() -> int:
     # Python runs signal handlers on the main thread, which is the loop's; poll returns at once.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda signum, _frame: mover.stop(signal.Signals(signum).name))
-    mover.run()
+    try:
+        mover.run()
+    except DualPathError as exc:
+        print(f"vllm-dualpath mover: while ending: {exc}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -26,6 +26,7 @@ from vllm_dualpath.messages import (
 from vllm_dualpath.mover.decode import DecodeTransfer
 from vllm_dualpath.mover.prefill import PrefillTransfer
 from vllm_dualpath.mover.transfer import Transfer
+from vllm_dualpath.plan import ReadPlan, Segment
 
 if TYPE_CHECKING:
     from vllm_dualpath.mover.ports import Ports
@@ -77,8 +78,9 @@ class TransferBook:
             self._refuse(key, f"no pool {reserve.pool!r} here")
             return
         num_blocks = self.ports.geometry.num_blocks(reserve.num_tokens)
-        if not 0 < num_blocks <= self.ports.pool.num_slots:
-            self._refuse(key, f"{num_blocks} slots asked for of {self.ports.pool.num_slots}")
+        most = min(self.ports.pool.num_slots, self.ports.table.max_blocks)
+        if not 0 < num_blocks <= most:
+            self._refuse(key, f"{num_blocks} slots asked for, at most {most}")
             return
         # The grant may come before reserve() returns; then there is nothing to withdraw.
         self._waiting[key] = _nothing
@@ -120,14 +122,13 @@ class TransferBook:
         """A mover left the cluster. Only a dead process is proof that it writes no more."""
         for transfer in self.transfers:
             if transfer.peer.boot_id == boot_id:
-                if self.ports.peers.proven_dead(transfer.peer):
-                    transfer.on_peer_dead()
-                else:
-                    transfer.fail("peer_lost")
+                transfer.peer_lost()
+        self._check_peers()
 
     def router_lost(self) -> None:
         """End everything: nobody else will."""
-        for key in list(self._waiting):
+        # The last first: withdrawing the head of the queue would grant the next.
+        for key in reversed(list(self._waiting)):
             self._waiting.pop(key)()
             self._bury(key)
         for transfer in self.transfers:
@@ -182,20 +183,33 @@ class TransferBook:
         now = ports.loop.now_s()
         deadlines = ports.config.deadlines
         stalled = ports.storage.stalled_reads(now, deadlines.stage_s)
+        stalled_peers = ports.peers.stalled(now, deadlines.stage_s)
         for transfer in self.transfers:
             if any(transfer.owns(task) for task in stalled):
                 transfer.fail("stalled")
-            if transfer.awaits_proof and ports.peers.proven_dead(transfer.peer):
-                transfer.on_peer_dead()
+            if transfer.peer.boot_id in stalled_peers:
+                transfer.peer_lost()
             if now - transfer.opened_s > deadlines.stuck_warning_s and not transfer.stuck_warned:
                 transfer.stuck_warned = True
                 logger.warning("open for %.0f s: %s", now - transfer.opened_s, transfer.describe())
-        ports.peers.disconnect_stalled(now, deadlines.stage_s)
+        self._check_peers()
 
     def closed(self, key: TransferKey) -> None:
         """A transfer holds nothing any more."""
         self._transfers.pop(key, None)
         self._bury(key)
+
+    def _check_peers(self) -> None:
+        """Look for peers whose process has died: on one host nothing else would tell."""
+        dead: dict[bytes, bool] = {}
+        for transfer in self.transfers:
+            boot_id = transfer.peer.boot_id
+            if boot_id not in dead:
+                dead[boot_id] = self.ports.peers.proven_dead(transfer.peer)
+                if dead[boot_id]:
+                    self.ports.peers.forget(boot_id)
+            if dead[boot_id]:
+                transfer.on_peer_dead()
 
     def _granted(self, reserve: Reserve, slots: tuple[int, ...]) -> None:
         self._waiting.pop(reserve.key, None)
@@ -208,10 +222,18 @@ class TransferBook:
         num_blocks = self.ports.geometry.num_blocks(stage.num_tokens)
         if num_blocks != len(transfer.slots) or len(stage.peer.slots) != num_blocks:
             return f"{num_blocks} blocks, {len(transfer.slots)}/{len(stage.peer.slots)} slots"
-        covered = max((segment.last_block for segment in stage.segments), default=0)
-        if not covered <= stage.num_hit_blocks <= len(stage.block_hashes) <= num_blocks:
-            return f"plan covers {covered} blocks of {stage.num_hit_blocks} hits"
-        return ""
+        if not stage.num_hit_blocks <= len(stage.block_hashes) <= num_blocks:
+            return f"{stage.num_hit_blocks} hits, {len(stage.block_hashes)} full blocks"
+        if stage.num_releases == 0:
+            return "nobody will take the slots"
+        parts = (Segment(s.reader, s.first_block, s.last_block) for s in stage.segments)
+        try:
+            plan = ReadPlan(stage.num_hit_blocks, tuple(parts))
+        except ValueError as exc:
+            return str(exc)
+        readers = {segment.reader for segment in plan.segments}
+        strangers = readers - {self.ports.engine_id, stage.peer.engine_id}
+        return f"readers {sorted(strangers)} have no slots" if strangers else ""
 
     def _refuse(self, key: TransferKey, reason: str) -> None:
         self.ports.counters.rejected_messages += 1

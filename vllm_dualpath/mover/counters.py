@@ -20,4 +20,4 @@ class Counters:
     rejected_messages: int = 0
     load_failures: Counter[str] = field(default_factory=Counter)
     stage_seconds: list[float] = field(default_factory=list)
-    """For the router's heartbeat and the engine's report alike: each takes its own copy."""
+    """Since the last report to the engine."""

@@ -45,6 +45,9 @@ class DecodeTransfer(Transfer):
         # Every page was announced and none is written twice: nothing is left to write.
         return self._entry is None
 
+    def _needs_peer(self) -> bool:
+        return self._entry is None
+
     def _complete(self) -> bool:
         return (
             self._stage is not None

@@ -55,6 +55,7 @@ class EnginePort:
         self._on_gone = on_gone
         self._connections: dict[FramedSocket, str] = {}
         self._listener = self._listen()
+        self._inode = path.stat().st_ino
         loop.watch(self._listener, self._accept)
 
     def send(self, kind: str, message: LocalMessage) -> bool:
@@ -74,7 +75,7 @@ class EnginePort:
             self._drop(connection)
         self._loop.unwatch(self._listener)
         self._listener.close()
-        self._path.unlink(missing_ok=True)
+        self._remove_socket()
 
     def _listen(self) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -91,6 +92,14 @@ class EnginePort:
         listener.setblocking(False)
         return listener
 
+    def _remove_socket(self) -> None:
+        """Unless the engine's next mover listens there already."""
+        try:
+            if self._path.stat().st_ino == self._inode:
+                self._path.unlink()
+        except FileNotFoundError:
+            logger.debug("socket %s is gone already", self._path)
+
     def _accept(self) -> None:
         try:
             sock, _ = self._listener.accept()
@@ -106,6 +115,7 @@ class EnginePort:
             for payload in connection.receive():
                 self._handle(connection, payload)
         except DualPathError as exc:
+            self._counters.rejected_messages += isinstance(exc, ProtocolError)
             kind = self._drop(connection)
             if kind:
                 self._on_gone(f"{kind} side: {exc}")
@@ -134,9 +144,11 @@ class EnginePort:
             raise PeerLost(f"a second {attach.kind} side attached")
         answer, fds = self._attached()
         self._connections[connection] = attach.kind
-        connection.send(encode(answer), fds)
-        for fd in fds:
-            os.close(fd)
+        try:
+            connection.send(encode(answer), fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
         logger.info("%s side attached, pid %d", attach.kind, attach.pid)
         self._on_attached(attach.kind)
 

@@ -33,7 +33,7 @@ class _Load:
 
 
 class LocalLoads:
-    """Loads that the engine itself asks for; every one is answered once."""
+    """Loads that the engine itself asks for; answered once each, unless given up while waiting."""
 
     def __init__(self, ports: Ports, answer: Callable[[LocalLoaded], None]) -> None:
         self._ports = ports
@@ -66,7 +66,7 @@ class LocalLoads:
         if load.withdraw is not None and not load.slots:
             load.withdraw()
         for task in load.tasks.values():
-            task.cancelled = True
+            self._ports.storage.cancel(task)
         self._free_if_over(load)
 
     def check_progress(self) -> None:
@@ -77,7 +77,7 @@ class LocalLoads:
             if not load.answered and any(task in stalled for task in load.tasks.values()):
                 ports.counters.load_failures["stalled"] += 1
                 for task in load.tasks.values():
-                    task.cancelled = True
+                    ports.storage.cancel(task)
                 self._reply(load, self._leading(load))
 
     def _granted(self, load: _Load, slots: tuple[int, ...]) -> None:
@@ -101,8 +101,7 @@ class LocalLoads:
         if task.error is not None:
             self._failed(load, idx, task.error)
         if not load.tasks and not load.answered:
-            total = len(load.request.hashes)
-            self._reply(load, total if load.failed_at is None else load.failed_at)
+            self._reply(load, 0 if load.released else self._leading(load))
         self._free_if_over(load)
 
     def _failed(self, load: _Load, idx: int, error: StorageError) -> None:
@@ -115,7 +114,7 @@ class LocalLoads:
         load.failed_at = idx if load.failed_at is None else min(load.failed_at, idx)
         for later, task in load.tasks.items():
             if later > idx:
-                task.cancelled = True
+                self._ports.storage.cancel(task)
 
     def _leading(self, load: _Load) -> int:
         """Blocks before the first one that is missing or not read yet."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import logging
+import os
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -38,14 +39,20 @@ class Timer:
 
 
 class EventLoop:
-    """One owner thread. Callbacks must not block; one that raises is our bug and is logged."""
+    """One owner thread. Callbacks must not block; one that raises is our bug and is logged.
+
+    ``stop`` may also be called from another thread or a signal handler.
+    """
 
     def __init__(self) -> None:
         self._poller = zmq.Poller()
         self._callbacks: dict[Any, Callback] = {}
         self._timers: list[tuple[float, int, Timer]] = []
         self._counter = itertools.count()
-        self._running = False
+        self._stopped = False
+        # Poll goes on waiting after a signal handler has run: only a descriptor ends it.
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poller.register(self._wake_fd, zmq.POLLIN)
 
     def now_s(self) -> float:
         return time.monotonic()
@@ -56,10 +63,11 @@ class EventLoop:
         self._callbacks[key] = callback
         self._poller.register(key, zmq.POLLIN)
 
-    def want_write(self, source: HasFileno, wanted: bool) -> None:
+    def want_write(self, source: HasFileno | zmq.Socket[bytes], wanted: bool) -> None:
         """Also wake the callback when ``source`` can take bytes."""
-        if source.fileno() in self._callbacks:
-            self._poller.register(source.fileno(), zmq.POLLIN | (zmq.POLLOUT if wanted else 0))
+        key = source if isinstance(source, zmq.Socket) else source.fileno()
+        if key in self._callbacks:
+            self._poller.register(key, zmq.POLLIN | (zmq.POLLOUT if wanted else 0))
 
     def unwatch(self, source: HasFileno | zmq.Socket[bytes]) -> None:
         """Stop watching; harmless when not watched."""
@@ -75,17 +83,34 @@ class EventLoop:
 
     def run(self) -> None:
         """Serve until ``stop``."""
-        self._running = True
-        while self._running:
-            for key, _ in self._poller.poll(self._poll_ms()):
-                callback = self._callbacks.get(key)
-                if callback is not None:
-                    self._call(callback)
-            self._run_timers()
+        while not self._stopped:
+            self.run_once()
+
+    def run_once(self) -> None:
+        """Wait for something to happen and serve it."""
+        for key, _ in self._poller.poll(self._poll_ms()):
+            callback = self._callbacks.get(key)
+            if callback is not None:
+                self.guard(callback)
+        self._run_timers()
+
+    def guard(self, callback: Callback) -> None:
+        """Call; log what it raises. For sources that hand out several events at a time: one that
+        fails must not lose the others.
+        """
+        try:
+            callback()
+        except Exception:
+            logger.exception("mover: a callback failed; this is a bug, please report it")
 
     def stop(self) -> None:
         """End ``run`` after the current callback."""
-        self._running = False
+        self._stopped = True
+        os.eventfd_write(self._wake_fd, 1)
+
+    def close(self) -> None:
+        """Let go of the descriptor that ``stop`` writes to."""
+        os.close(self._wake_fd)
 
     def _poll_ms(self) -> int | None:
         while self._timers and self._timers[0][2].callback is None:
@@ -100,10 +125,4 @@ class EventLoop:
         while self._timers and self._timers[0][0] <= now:
             timer = heapq.heappop(self._timers)[2]
             if timer.callback is not None:
-                self._call(timer.callback)
-
-    def _call(self, callback: Callback) -> None:
-        try:
-            callback()
-        except Exception:
-            logger.exception("mover: a callback failed; this is a bug, please report it")
+                self.guard(timer.callback)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+from contextlib import ExitStack
 from pathlib import Path
 
-from vllm_dualpath.blocks import Geometry
 from vllm_dualpath.config import EngineConfig
 from vllm_dualpath.control.bus import MoverSocket
 from vllm_dualpath.control.host import host_id, process_start_ticks
 from vllm_dualpath.control.slot_table import SlotTableWriter, claims_bytes, table_bytes
-from vllm_dualpath.errors import ConfigError
+from vllm_dualpath.errors import ProtocolError
 from vllm_dualpath.index.shared import SharedIndexWriter
 from vllm_dualpath.messages import (
     PROTOCOL_VERSION,
@@ -26,10 +26,8 @@ from vllm_dualpath.messages import (
     LocalLoad,
     LocalLoadDone,
     LocalLoaded,
-    LocalStats,
     MoverMessage,
     MoverSpec,
-    MoverStats,
     Peer,
     PeerDied,
     Persist,
@@ -48,6 +46,7 @@ from vllm_dualpath.messages import (
 from vllm_dualpath.mover.book import TransferBook
 from vllm_dualpath.mover.counters import Counters
 from vllm_dualpath.mover.engine_port import EnginePort
+from vllm_dualpath.mover.layout import geometry_of, make_pools
 from vllm_dualpath.mover.local import LocalIndex, LocalLoads, evict
 from vllm_dualpath.mover.loop import EventLoop
 from vllm_dualpath.mover.peers import PeerDirectory
@@ -55,15 +54,15 @@ from vllm_dualpath.mover.persist import PersistSlotsLedger
 from vllm_dualpath.mover.ports import Ports
 from vllm_dualpath.mover.router_port import RouterPort
 from vllm_dualpath.mover.snapshot import scan_store
-from vllm_dualpath.mover.staging import SharedMemory, SlotPool
+from vllm_dualpath.mover.staging import SharedMemory
 from vllm_dualpath.mover.storage_queue import StorageQueue
+from vllm_dualpath.mover.watch import ProgressWatch
 from vllm_dualpath.storage import open_store
 from vllm_dualpath.transport import make_transport
 
 logger = logging.getLogger(__name__)
 
 _TABLE_ENTRIES = 1024
-_WATCH_S = 0.25
 
 
 class Mover:
@@ -76,8 +75,7 @@ class Mover:
         self._root = spec.root
         self._counters = Counters()
         self._loop = EventLoop()
-        self._watching = False
-        self._reported = MoverStats()
+        self._scanning = False
         geometry = self._geometry = geometry_of(spec)
         self._pool, persist_pool = make_pools(config, geometry, spec.max_model_len)
         num_slots = self._pool.num_slots + persist_pool.num_slots
@@ -86,8 +84,7 @@ class Mover:
         self._table = SharedMemory("table", table_bytes(_TABLE_ENTRIES, self._max_blocks))
         self._claims = SharedMemory("claims", claims_bytes(_TABLE_ENTRIES))
         self._store = open_store(config.store, spec.fingerprint, geometry)
-        self._storage = StorageQueue(config.store_threads)
-        self._loop.watch(self._storage, self._storage.drain)
+        self._storage = StorageQueue(config.store_threads, self._loop)
         self._book = TransferBook()
         transport = make_transport(config.transport, config.listen)
         region = transport.register(self._staging.address, self._staging.num_bytes)
@@ -123,6 +120,9 @@ class Mover:
             self._on_attached,
             self._on_engine_message,
             self._on_engine_gone,
+        )
+        self._watch = ProgressWatch(
+            self._ports, self._book, self._loads, self._engine, self._grant_persist_slots
         )
 
     def run(self) -> None:
@@ -180,7 +180,7 @@ class Mover:
             self._loop,
             self._counters,
             self._hello,
-            self._stats,
+            self._watch.stats,
             self._on_router_message,
             self._on_welcome,
             self._on_router_lost,
@@ -217,7 +217,7 @@ class Mover:
             self._router.send(message)
 
     def _on_router_message(self, message: RouterMessage) -> None:
-        self._watch()
+        self._watch.start()
         match message:
             case Reserve():
                 self._book.reserve(message)
@@ -229,24 +229,28 @@ class Mover:
                 self._book.end(message.key, message.drain)
             case PeerDied():
                 self._book.peer_died(message.boot_id)
-                self._peers.forget(message.boot_id)
+                self._peers.left(message.boot_id)
             case Evict():
                 evict(self._ports, message.hashes)
 
     def _on_welcome(self, send_snapshot: bool) -> None:
-        if send_snapshot:
+        # A router that was slow to answer welcomes each Hello; one scan serves them all.
+        if send_snapshot and not self._scanning:
+            self._scanning = True
             scan_store(
-                self._ports,
-                lambda blocks: self._tell_router(Stored(blocks)),
-                lambda num_blocks: self._tell_router(SnapshotEnd(num_blocks)),
+                self._ports, lambda blocks: self._tell_router(Stored(blocks)), self._snapshot_sent
             )
 
+    def _snapshot_sent(self, num_blocks: int) -> None:
+        self._scanning = False
+        self._tell_router(SnapshotEnd(num_blocks))
+
     def _on_router_lost(self) -> None:
-        self._watch()
+        self._watch.start()
         self._book.router_lost()
 
     def _on_notice(self, notice: object) -> None:
-        self._watch()
+        self._watch.start()
         self._book.notice(notice)  # type: ignore[arg-type]  # decoded as Notice by PeerDirectory
 
     # --- the store -------------------------------------------------------------------------------
@@ -291,7 +295,7 @@ class Mover:
             self._join_router()
 
     def _on_engine_message(self, message: EngineMessage) -> None:
-        self._watch()
+        self._watch.start()
         match message:
             case Saved():
                 self._book.saved(message)
@@ -302,9 +306,10 @@ class Mover:
             case ReturnPersistSlots():
                 self._persist.take_back(message.slots)
             case LocalLoad():
+                if self._index is None:
+                    raise ProtocolError("local load: a router plans the loads of this engine")
                 self._loads.start(message)
-                if self._index is not None:
-                    self._index.touch(message.hashes)
+                self._index.touch(message.hashes)
             case LocalLoadDone():
                 self._loads.done(message.load_id)
             case RootChanged():
@@ -327,98 +332,13 @@ class Mover:
         if not self._engine.has_worker:
             self.stop("no engine attached in time")
 
-    # --- time and counters -----------------------------------------------------------------------
-
-    def _watch(self) -> None:
-        """Something happened: check progress until nothing is open any more."""
-        if not self._watching:
-            self._watching = True
-            self._loop.call_later(_WATCH_S, self._check)
-
-    def _check(self) -> None:
-        self._watching = False
-        self._book.check_progress()
-        self._loads.check_progress()
-        self._grant_persist_slots()
-        idle = self._report()
-        if not idle:
-            self._watch()
-
-    def _report(self) -> bool:
-        """Send the engine its counters if they changed; true when nothing is open."""
-        stats = self._stats()
-        idle = stats.open_transfers == 0 and self._storage.num_open == 0
-        changed = stats != self._reported or self._counters.stage_seconds
-        if changed or idle:
-            self._reported = stats
-            report = self._stats(tuple(self._counters.stage_seconds))
-            self._counters.stage_seconds.clear()
-            self._engine.send("scheduler", LocalStats(report, idle))
-        return idle
-
-    def _stats(self, stage_seconds: tuple[float, ...] = ()) -> MoverStats:
-        counters = self._counters
-        quarantined = sum(
-            len(transfer.slots) for transfer in self._book.transfers if transfer.awaits_proof
-        )
-        return MoverStats(
-            storage_read_bytes=counters.storage_read_bytes,
-            storage_write_bytes=counters.storage_write_bytes,
-            push_to_prefill_bytes=counters.push_to_prefill_bytes,
-            push_to_decode_bytes=counters.push_to_decode_bytes,
-            blocks_stored=counters.blocks_stored,
-            blocks_not_stored=counters.blocks_not_stored,
-            corrupt_blocks=counters.corrupt_blocks,
-            rejected_messages=counters.rejected_messages,
-            load_failures=dict(counters.load_failures),
-            stage_seconds=stage_seconds,
-            slots_used=self._pool.num_granted - quarantined,
-            slots_free=self._pool.num_free,
-            slots_quarantined=quarantined,
-            read_queue_tokens=self._storage.read_queue_tokens,
-            open_transfers=self._book.num_open + self._loads.num_open,
-        )
-
     def _close(self) -> None:
-        """Finish stores, leave the cluster, let go of everything."""
-        if self._router is not None:
-            self._router.close("ending")
-        self._engine.close()
-        self._storage.close()
-        self._peers.close()
-        self._store.close()
-
-
-def geometry_of(spec: MoverSpec) -> Geometry:
-    """The geometry in a spec. Raises ``ConfigError`` if it cannot be one."""
-    wire = spec.geometry
-    try:
-        return Geometry(
-            block_tokens=wire.block_tokens,
-            page_tokens=wire.page_tokens,
-            layer_page_bytes=wire.layer_page_bytes,
-            layout=wire.layout,
-            kv_heads=wire.kv_heads,
-            kv_dtype=wire.kv_dtype,
-        )
-    except ValueError as exc:
-        raise ConfigError(f"mover spec: {exc}") from exc
-
-
-def make_pools(
-    config: EngineConfig, geometry: Geometry, max_model_len: int
-) -> tuple[SlotPool, SlotPool]:
-    """Divide the staging memory. Raises ``ConfigError`` if the longest request would not fit."""
-    num_slots = config.staging_bytes // geometry.slot_bytes
-    num_persist = 0 if config.role == "prefill" else config.persist_slots
-    needed = geometry.num_blocks(max_model_len) + num_persist
-    if num_slots < needed:
-        raise ConfigError(
-            f"staging_bytes: {config.staging_bytes} holds {num_slots} slots of"
-            f" {geometry.slot_bytes} bytes; a prompt of max_model_len {max_model_len} and"
-            f" {num_persist} persist slots need {needed}: set staging_bytes to at least"
-            f" {needed * geometry.slot_bytes}, or lower max_model_len"
-        )
-    name = "load" if config.role == "both" else config.role
-    persist = SlotPool("persist", num_slots - num_persist, num_persist)
-    return SlotPool(name, 0, num_slots - num_persist), persist
+        """Finish stores, leave the cluster, let go of everything; each even if another fails."""
+        with ExitStack() as stack:
+            stack.callback(self._loop.close)
+            stack.callback(self._store.close)
+            stack.callback(self._peers.close)
+            if self._router is not None:
+                stack.callback(self._router.close, "ending")
+            stack.callback(self._storage.close)
+            stack.callback(self._engine.close)

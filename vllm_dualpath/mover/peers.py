@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from vllm_dualpath.messages import Notice, Peer, decode_notice, encode
 from vllm_dualpath.mover.counters import Counters
 from vllm_dualpath.mover.loop import EventLoop
 from vllm_dualpath.transport.base import (
+    Event,
     NoticeReceived,
     PeerClosed,
     PutArray,
@@ -23,15 +26,28 @@ from vllm_dualpath.transport.base import (
 
 logger = logging.getLogger(__name__)
 
-PutCallback = Callable[[bool], None]
-
 _NOTIFY_RETRY_S = 1.0
+_NOTIFY_RETRY_MAX_S = 30.0
 
 _NO_PIECES: PutArray = np.empty((0, 3), dtype=np.uint64)
 
 
+class PutOutcome(Enum):
+    """How a put ended; only ``DONE`` says that the bytes are there."""
+
+    DONE = "done"
+    REFUSED = "refused"
+    """Nothing was sent."""
+    AMBIGUOUS = "ambiguous"
+    """Any part may have arrived, or may yet arrive, behind what a new connection delivers."""
+
+
+PutCallback = Callable[[PutOutcome], None]
+
+
 @dataclass(slots=True)
 class _Connection:
+    peer: Peer
     peer_id: int
     open_puts: dict[int, tuple[PutCallback, float]] = field(default_factory=dict)
     """By put id: what to call, and when it was submitted."""
@@ -62,26 +78,29 @@ class PeerDirectory:
     def put(self, peer: Peer, pieces: PutArray, notice: Notice, done: PutCallback) -> None:
         """Write ``pieces`` into the peer's staging memory, then deliver ``notice``.
 
-        ``done(ok)`` runs exactly once, later, on the loop.
+        ``done(outcome)`` runs exactly once, later, on the loop.
         """
         try:
             connection = self._connect(peer)
             put_id = self._transport.put(connection.peer_id, pieces, encode(notice))
         except TransportError as exc:
             logger.warning("push to %s failed: %s", peer.engine_id, exc)
-            self._loop.call_later(0.0, lambda: done(False))
+            self._loop.call_later(0.0, partial(done, PutOutcome.REFUSED))
             return
         connection.open_puts[put_id] = (done, self._loop.now_s())
 
-    def notify(self, peer: Peer, notice: Notice) -> None:
+    def notify(self, peer: Peer, notice: Notice, retry_s: float = _NOTIFY_RETRY_S) -> None:
         """Deliver a notice after everything put to the peer before; repeat until it is or it died.
 
         The notices sent this way free memory at the peer: losing one would leak its slots.
         """
+        if self.proven_dead(peer):
+            return
 
-        def retry(ok: bool) -> None:
-            if not ok and not self.proven_dead(peer):
-                self._loop.call_later(_NOTIFY_RETRY_S, lambda: self.notify(peer, notice))
+        def retry(outcome: PutOutcome) -> None:
+            if outcome is not PutOutcome.DONE:
+                next_s = min(2 * retry_s, _NOTIFY_RETRY_MAX_S)
+                self._loop.call_later(retry_s, partial(self.notify, peer, notice, next_s))
 
         self.put(peer, _NO_PIECES, notice, retry)
 
@@ -90,18 +109,30 @@ class PeerDirectory:
         return peer.host_id == self._own_host_id and not process_alive(peer.pid, peer.pid_start)
 
     def forget(self, boot_id: bytes) -> None:
-        """Close the endpoint to a peer that died; its open puts end as failed."""
+        """Close the endpoint to a peer proven dead; its open puts end as failed."""
         connection = self._current.pop(boot_id, None)
         if connection is not None:
             self._transport.disconnect(connection.peer_id)
 
-    def disconnect_stalled(self, now_s: float, deadline_s: float) -> None:
-        """Close endpoints whose oldest put has made no progress for ``deadline_s``."""
-        for boot_id, connection in list(self._current.items()):
-            oldest = min((since for _, since in connection.open_puts.values()), default=now_s)
-            if now_s - oldest > deadline_s:
-                logger.warning("peer %s takes no data for %.0f s", boot_id.hex()[:12], deadline_s)
-                self.forget(boot_id)
+    def left(self, boot_id: bytes) -> None:
+        """A peer left the cluster: close its endpoint unless it may live and a put is under way."""
+        connection = self._current.get(boot_id)
+        if connection is not None and (
+            not connection.open_puts or self.proven_dead(connection.peer)
+        ):
+            self.forget(boot_id)
+
+    def stalled(self, now_s: float, deadline_s: float) -> set[bytes]:
+        """Boot ids of peers that a put has waited for longer than ``deadline_s``.
+
+        Their endpoints stay: what was put through a closed one may still arrive, later than a
+        ``WriterStopped`` sent through the next.
+        """
+        return {
+            boot_id
+            for boot_id, connection in self._current.items()
+            if any(now_s - since > deadline_s for _, since in connection.open_puts.values())
+        }
 
     @property
     def num_open_puts(self) -> int:
@@ -117,18 +148,21 @@ class PeerDirectory:
             peer_id = self._transport.connect(
                 peer.address, peer.region, same_host=peer.host_id == self._own_host_id
             )
-            connection = self._current[peer.boot_id] = _Connection(peer_id)
+            connection = self._current[peer.boot_id] = _Connection(peer, peer_id)
             self._by_peer_id[peer_id] = connection
         return connection
 
     def _poll(self) -> None:
         for event in self._transport.poll():
-            if isinstance(event, PutDone):
-                self._put_done(event)
-            elif isinstance(event, NoticeReceived):
-                self._notice(event)
-            else:
-                self._peer_closed(event)
+            self._loop.guard(partial(self._handle, event))
+
+    def _handle(self, event: Event) -> None:
+        if isinstance(event, PutDone):
+            self._put_done(event)
+        elif isinstance(event, NoticeReceived):
+            self._notice(event)
+        else:
+            self._peer_closed(event)
 
     def _put_done(self, event: PutDone) -> None:
         for connection in self._by_peer_id.values():
@@ -136,7 +170,7 @@ class PeerDirectory:
             if found is not None:
                 if not event.ok:
                     logger.warning("push failed: %s", event.error)
-                found[0](event.ok)
+                found[0](PutOutcome.DONE if event.ok else PutOutcome.AMBIGUOUS)
                 return
 
     def _notice(self, event: NoticeReceived) -> None:
@@ -155,6 +189,6 @@ class PeerDirectory:
         for boot_id in [key for key, value in self._current.items() if value is connection]:
             logger.warning("connection to peer %s ended: %s", boot_id.hex()[:12], event.error)
             del self._current[boot_id]
-        for callback, _ in connection.open_puts.values():
-            callback(False)
-        connection.open_puts.clear()
+        open_puts, connection.open_puts = connection.open_puts, {}
+        for callback, _ in open_puts.values():
+            callback(PutOutcome.AMBIGUOUS)

@@ -46,7 +46,7 @@ class PersistSlotsLedger:
 
     def take_back(self, slots: tuple[int, ...]) -> None:
         """The engine returns slots it will not use. Raises ``ProtocolError`` for others."""
-        if not self._with_engine.issuperset(slots):
+        if not self._with_engine.issuperset(slots) or len(set(slots)) != len(slots):
             raise ProtocolError(f"persist: slots {slots} are not the engine's")
         self._with_engine.difference_update(slots)
         self._pool.release(slots)

@@ -9,6 +9,7 @@ import numpy as np
 
 from vllm_dualpath.errors import ProtocolError
 from vllm_dualpath.messages import PagesGood, Ready, Saved
+from vllm_dualpath.mover.peers import PutOutcome
 from vllm_dualpath.mover.transfer import Transfer
 from vllm_dualpath.transport.base import PutArray
 
@@ -63,13 +64,16 @@ class PrefillTransfer(Transfer):
             page += count
         return np.array(pieces, dtype=np.uint64)
 
-    def _pages_put(self, num_bytes: int, ok: bool) -> None:
+    def _pages_put(self, num_bytes: int, outcome: PutOutcome) -> None:
         self._open_puts -= 1
-        if ok:
+        if outcome is PutOutcome.DONE:
             self._ports.counters.push_to_decode_bytes += num_bytes
         else:
-            self.fail("peer_lost")
+            self._push_failed(outcome)
         self._progress()
+
+    def _needs_peer(self) -> bool:
+        return True
 
     def _mark_block(self, block: int) -> None:
         self._good_blocks.add(block)

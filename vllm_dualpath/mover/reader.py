@@ -10,6 +10,7 @@ import numpy as np
 
 from vllm_dualpath.errors import BlockCorrupt, BlockNotFound, StorageError
 from vllm_dualpath.messages import BlocksGood, Peer, SegmentDone, SegmentSpec, TransferKey
+from vllm_dualpath.mover.peers import PutOutcome
 from vllm_dualpath.mover.ports import Ports
 from vllm_dualpath.mover.storage_queue import IoTask
 from vllm_dualpath.transport.base import PutArray
@@ -28,7 +29,7 @@ class SegmentReader:
     """Reads the blocks of its segments into ``slots`` and pushes them to the peer's.
 
     ``on_good(block)`` after each sound block; ``on_quiet()`` whenever a read or push has ended;
-    after that ``is_done`` and ``is_quiet_from`` tell what is still under way. ``on_push_failed()``
+    after that ``is_done`` and ``is_quiet_from`` tell what is still under way. ``on_push_failed``
     when the peer cannot be reached.
     """
 
@@ -42,7 +43,7 @@ class SegmentReader:
         peer: Peer,
         on_good: Callable[[int], None],
         on_quiet: Callable[[], None],
-        on_push_failed: Callable[[], None],
+        on_push_failed: Callable[[PutOutcome], None],
     ) -> None:
         self._ports = ports
         self._key = key
@@ -82,7 +83,7 @@ class SegmentReader:
         self._limit = min(self._limit, block)
         for open_block, task in self._tasks.items():
             if open_block >= block:
-                task.cancelled = True
+                self._ports.storage.cancel(task)
 
     def owns(self, task: IoTask) -> bool:
         """Whether ``task`` is a read of this reader."""
@@ -131,16 +132,16 @@ class SegmentReader:
         local = self._ports.slot_address(self._slots[block])
         return np.array([[local, remote, geometry.payload_bytes]], dtype=np.uint64)
 
-    def _push_done(self, block: int, ok: bool) -> None:
+    def _push_done(self, block: int, outcome: PutOutcome) -> None:
         self._pushing.discard(block)
-        if ok:
+        if outcome is PutOutcome.DONE:
             counters = self._ports.counters
             if self._ports.pool.name == "decode":
                 counters.push_to_prefill_bytes += self._ports.geometry.payload_bytes
             else:
                 counters.push_to_decode_bytes += self._ports.geometry.payload_bytes
         else:
-            self._on_push_failed()
+            self._on_push_failed(outcome)
         self._after()
 
     def _after(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 from vllm_dualpath.control.bus import MoverSocket
 from vllm_dualpath.errors import ProtocolError
@@ -73,16 +74,23 @@ class RouterPort:
     def send(self, message: MoverMessage) -> None:
         """Send if registered; what an unknown router would get is of no use to it."""
         if self._router_boot_id:
-            self._socket.send(encode(message))
+            self._send(message)
 
     def say_hello(self) -> None:
         """Register, or register again because what we say of ourselves changed."""
-        self._socket.send(encode(self._hello()))
+        if not self._router_boot_id:
+            self._socket.forget_unsent()
+        self._send(self._hello())
 
     def close(self, reason: str) -> None:
         self.send(Goodbye(reason))
+        self._router_boot_id = b""
         self._loop.unwatch(self._socket.socket)
         self._socket.close()
+
+    def _send(self, message: MoverMessage) -> None:
+        self._socket.send(encode(message))
+        self._loop.want_write(self._socket.socket, self._socket.wants_write)
 
     def _tick(self) -> None:
         if not self._router_boot_id:
@@ -100,6 +108,8 @@ class RouterPort:
         self._on_lost()
 
     def _receive(self) -> None:
+        self._socket.flush()
+        self._loop.want_write(self._socket.socket, self._socket.wants_write)
         for payload in self._socket.receive():
             try:
                 message = decode_router_message(payload)
@@ -108,13 +118,15 @@ class RouterPort:
                 logger.warning("router message rejected: %s", exc)
                 continue
             self._heard_s = self._loop.now_s()
-            self._handle(message)
+            self._loop.guard(partial(self._handle, message))
 
     def _handle(self, message: RouterMessage) -> None:
         if isinstance(message, Welcome):
             self._welcomed(message)
         elif isinstance(message, Refused):
             logger.error("the router refuses this engine: %s", message.reason)
+            if self._router_boot_id:
+                self._lose()
             self._heartbeat_s = _REFUSED_RETRY_S
         elif isinstance(message, Pong):
             if self._router_boot_id and message.router_boot_id != self._router_boot_id:

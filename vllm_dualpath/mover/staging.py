@@ -40,7 +40,7 @@ class SharedMemory:
         return os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Waiting:
     num_slots: int
     granted: Callable[[tuple[int, ...]], None]

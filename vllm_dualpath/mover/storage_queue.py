@@ -14,8 +14,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from vllm_dualpath.errors import StorageError, TransferTimeout
+from vllm_dualpath.mover.loop import EventLoop
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ class IoTask:
     num_tokens: int = 0
     """Tokens waiting behind the storage NIC because of this task."""
     cancelled: bool = False
-    """Set by the owner: do not start. A call that runs is finished."""
+    """Never started; set by ``StorageQueue.cancel``."""
     started_s: float | None = None
     num_bytes: int = 0
     error: StorageError | None = None
@@ -44,20 +46,24 @@ class _Lane:
     name: str
     tasks: queue.SimpleQueue[IoTask | None] = field(default_factory=queue.SimpleQueue)
     threads: list[threading.Thread] = field(default_factory=list)
+    open_tasks: set[IoTask] = field(default_factory=set)
+    last_progress_s: float = 0.0
+    """When a task last ended, or the first was queued."""
 
 
 class StorageQueue:
     """Owned by the loop's thread; the threads only run store calls."""
 
-    def __init__(self, num_threads: int) -> None:
+    def __init__(self, num_threads: int, loop: EventLoop) -> None:
+        self._loop = loop
         self._finished: deque[IoTask] = deque()
         self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._open_tasks: set[IoTask] = set()
-        self._open_reads: set[IoTask] = set()
-        self._last_progress_s = time.monotonic()
-        self._lanes = {name: _Lane(name) for name in ("read", "write")}
-        for lane in self._lanes.values():
+        self._start_lock = threading.Lock()
+        """A task is either started or cancelled, never both."""
+        self._reads, self._writes = _Lane("read"), _Lane("write")
+        for lane in (self._reads, self._writes):
             self._start_threads(lane, num_threads)
+        loop.watch(self, self.drain)
 
     def fileno(self) -> int:
         """Readable while finished tasks wait for ``drain``."""
@@ -66,24 +72,31 @@ class StorageQueue:
     @property
     def read_queue_tokens(self) -> int:
         """Tokens of reads that have not ended."""
-        return sum(task.num_tokens for task in self._open_reads)
+        return sum(task.num_tokens for task in self._reads.open_tasks)
 
     @property
     def num_open(self) -> int:
-        return len(self._open_tasks)
+        return len(self._reads.open_tasks) + len(self._writes.open_tasks)
 
     @property
     def num_open_writes(self) -> int:
-        return len(self._open_tasks) - len(self._open_reads)
+        return len(self._writes.open_tasks)
 
     def submit_read(self, task: IoTask) -> None:
         """Queue a read."""
-        self._open_reads.add(task)
-        self._submit("read", task)
+        self._submit(self._reads, task)
 
     def submit_write(self, task: IoTask) -> None:
         """Queue a write, a removal or a scan."""
-        self._submit("write", task)
+        self._submit(self._writes, task)
+
+    def cancel(self, task: IoTask) -> None:
+        """End a task that has not started, without waiting for its turn; let one that runs end."""
+        with self._start_lock:
+            if task.started_s is not None or task.cancelled:
+                return
+            task.cancelled = True
+        self._finish(task)
 
     def drain(self) -> None:
         """Run ``done`` of every finished task."""
@@ -93,39 +106,51 @@ class StorageQueue:
             return
         while self._finished:
             task = self._finished.popleft()
-            self._open_tasks.discard(task)
-            self._open_reads.discard(task)
-            self._last_progress_s = time.monotonic()
-            task.done(task)
+            for lane in (self._reads, self._writes):
+                if task in lane.open_tasks:
+                    lane.open_tasks.remove(task)
+                    if not task.cancelled:
+                        lane.last_progress_s = time.monotonic()
+            self._loop.guard(partial(task.done, task))
 
     def stalled_reads(self, now_s: float, deadline_s: float) -> list[IoTask]:
-        """Reads that make no progress: running too long, or queued while nothing at all ends."""
-        all_stalled = now_s - self._last_progress_s > deadline_s
+        """Reads that make no progress: running too long, or queued while no read at all ends."""
+        all_stalled = now_s - self._reads.last_progress_s > deadline_s
         return [
             task
-            for task in self._open_reads
+            for task in self._reads.open_tasks
             if (all_stalled if task.started_s is None else now_s - task.started_s > deadline_s)
         ]
 
     def close(self) -> None:
-        """Finish what is queued and join. Raises ``TransferTimeout`` if a call does not end."""
-        for lane in self._lanes.values():
+        """Drop queued reads, finish queued writes, join. Raises ``TransferTimeout`` if a call does
+        not end.
+        """
+        for task in list(self._reads.open_tasks):
+            self.cancel(task)
+        lanes = (self._reads, self._writes)
+        for lane in lanes:
             for _ in lane.threads:
                 lane.tasks.put(None)
         deadline = time.monotonic() + _JOIN_S
-        for lane in self._lanes.values():
+        for lane in lanes:
             for thread in lane.threads:
                 thread.join(max(0.0, deadline - time.monotonic()))
                 if thread.is_alive():
                     raise TransferTimeout(f"thread {thread.name} did not end in {_JOIN_S} s")
         self.drain()
+        self._loop.unwatch(self)
         os.close(self._event_fd)
 
-    def _submit(self, lane: str, task: IoTask) -> None:
-        if not self._open_tasks:
-            self._last_progress_s = time.monotonic()
-        self._open_tasks.add(task)
-        self._lanes[lane].tasks.put(task)
+    def _submit(self, lane: _Lane, task: IoTask) -> None:
+        if not lane.open_tasks:
+            lane.last_progress_s = time.monotonic()
+        lane.open_tasks.add(task)
+        lane.tasks.put(task)
+
+    def _finish(self, task: IoTask) -> None:
+        self._finished.append(task)
+        os.eventfd_write(self._event_fd, 1)
 
     def _start_threads(self, lane: _Lane, num_threads: int) -> None:
         for idx in range(num_threads):
@@ -137,14 +162,15 @@ class StorageQueue:
 
     def _work(self, lane: _Lane) -> None:
         while (task := lane.tasks.get()) is not None:
-            if not task.cancelled:
-                self._run(task)
-            self._finished.append(task)
-            os.eventfd_write(self._event_fd, 1)
+            with self._start_lock:
+                if task.cancelled:
+                    continue
+                task.started_s = time.monotonic()
+            self._run(task)
+            self._finish(task)
 
     @staticmethod
     def _run(task: IoTask) -> None:
-        task.started_s = time.monotonic()
         try:
             task.num_bytes = task.call()
         except StorageError as exc:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 
-from vllm_dualpath.errors import StagingFull
+from vllm_dualpath.errors import ProtocolError, StagingFull
 from vllm_dualpath.messages import (
     BlocksGood,
     CutDone,
@@ -22,6 +22,7 @@ from vllm_dualpath.messages import (
     TransferFailed,
     WriterStopped,
 )
+from vllm_dualpath.mover.peers import PutOutcome
 from vllm_dualpath.mover.ports import Ports
 from vllm_dualpath.mover.reader import SegmentReader
 from vllm_dualpath.mover.storage_queue import IoTask
@@ -53,12 +54,12 @@ class Transfer(ABC):
         self._ending = False
         self._drain = False
         self._told_peer = False
+        self._writes_ambiguous = False
+        """A put failed under way: nothing we say now proves that its bytes do not arrive later."""
         self._peer_stopped = False
         self._uncertain = False
         """The router was lost between the grant and ``Stage``: the peer may have been told."""
         self._cut_owed = False
-        self._must_tell = False
-        """The peer asked whether we write."""
         self.closed = False
 
     # --- events from the router ------------------------------------------------------------------
@@ -85,7 +86,7 @@ class Transfer(ABC):
                 stage.peer,
                 on_good=self._block_good,
                 on_quiet=self._progress,
-                on_push_failed=lambda: self.fail("peer_lost"),
+                on_push_failed=self._push_failed,
             )
             self._reader.start()
         self._progress()
@@ -119,7 +120,9 @@ class Transfer(ABC):
     # --- events from the engine ------------------------------------------------------------------
 
     def on_release(self) -> None:
-        """One claim of the slots is over."""
+        """One claim of the slots is over. Raises ``ProtocolError`` if none is open."""
+        if self._entry is None or self._num_releases >= self._ports.table.num_claims(self._entry):
+            raise ProtocolError(f"transfer {self.key}: release without a claim")
         self._num_releases += 1
         self._advance()
 
@@ -128,7 +131,7 @@ class Transfer(ABC):
     def on_notice(self, notice: BlocksGood | PagesGood) -> None:
         """The peer wrote into our slots. What is out of range is rejected and counted."""
         if self._stage is None:
-            self._early_notices.append(notice)
+            self._keep_early(notice)
         elif isinstance(notice, BlocksGood):
             for block in range(notice.first_block, min(notice.last_block, self._limit)):
                 self._mark_block(block)
@@ -144,17 +147,21 @@ class Transfer(ABC):
 
     def on_stop_query(self, contact: Peer) -> None:
         """The peer asks for that proof; its asking is its own."""
-        self.peer = self.peer if self.peer.slots else contact
+        self.peer = self.peer if self._stage is not None else contact
         self._peer_stopped = True
         self._told_peer = False
-        self._must_tell = True
         self._advance()
 
     def on_peer_dead(self) -> None:
         """The peer's process is gone: it writes nothing more."""
         self._peer_stopped = True
-        self.fail("peer_lost")
+        self.peer_lost()
         self._advance()
+
+    def peer_lost(self) -> None:
+        """The peer left the cluster or takes no data, which does not prove that it has stopped."""
+        if self._needs_peer():
+            self.fail("peer_lost")
 
     # --- state -----------------------------------------------------------------------------------
 
@@ -212,6 +219,10 @@ class Transfer(ABC):
         """Publish if everything is there."""
 
     @abstractmethod
+    def _needs_peer(self) -> bool:
+        """Whether the transfer cannot do its work without the peer from here on."""
+
+    @abstractmethod
     def _peer_writes(self) -> bool:
         """Whether the plan lets the peer write to our slots, and it may not have finished."""
 
@@ -240,9 +251,22 @@ class Transfer(ABC):
         if self._cut_owed and (self._reader is None or self._reader.is_quiet_from(self._limit)):
             self._cut_owed = False
             self._ports.tell_router(CutDone(self.key, self._limit))
-        if not self._ending and self._entry is None and self._stage is not None:
+        over = self._ending or self._failed
+        if not over and self._entry is None and self._stage is not None:
             self._check_good()
         self._advance()
+
+    def _push_failed(self, outcome: PutOutcome) -> None:
+        self._writes_ambiguous |= outcome is PutOutcome.AMBIGUOUS
+        self.fail("peer_lost")
+
+    def _keep_early(self, notice: BlocksGood | PagesGood) -> None:
+        # The peer may be staged before us and finish first; a notice names at least one page.
+        geometry = self._ports.geometry
+        if len(self._early_notices) < geometry.num_layers * geometry.num_pages(self._num_tokens):
+            self._early_notices.append(notice)
+        else:
+            self._ports.counters.rejected_messages += 1
 
     def _advance(self) -> None:
         if self.closed or not (self._ending or self._complete()):
@@ -266,8 +290,11 @@ class Transfer(ABC):
         return self._uncertain if self._stage is None else self._peer_writes()
 
     def _tell_peer(self) -> None:
-        """Say that we write nothing more, if the peer could be waiting for it."""
-        if self._told_peer or not (self._stage is not None or self._uncertain or self._must_tell):
+        """Say that we write nothing more.
+
+        Also when we never learnt of a ``Stage``: the peer's may have come, and it waits for us.
+        """
+        if self._told_peer or self._writes_ambiguous:
             return
         self._told_peer = True
         if self._uncertain and not self._peer_stopped:

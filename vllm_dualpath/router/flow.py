@@ -118,7 +118,7 @@ class Flow:
             if response is not None:
                 return response
             if transfer.leg_sent:
-                return await self._alone("the prefill leg or its commit failed", placement.decode)
+                return await self._alone("a leg or the commit failed", placement.decode)
             placement = self._core.placer.after(transfer, attempt + 1, ids, salt)
         preferred = None if placement is None else placement.decode
         return await self._alone("no pair of engines can take it", preferred)
@@ -230,11 +230,11 @@ class Flow:
     async def _alone(self, reason: str, preferred: Engine | None = None) -> web.StreamResponse:
         """Let one decode engine handle the request by itself; another one if it does not answer."""
         logger.debug("request %s goes alone: %s", self._headers["X-Request-Id"], reason)
-        tried: set[Engine] = set()
-        engine = preferred
-        if engine is None or not engine.serving:
-            engine = self._core.cluster.least_loaded_decode()
-        if engine is None:
+        # A preferred engine that does not serve any more has just been tried.
+        tried = {preferred} if preferred is not None and not preferred.serving else set()
+        engine = self._core.cluster.least_loaded_decode(tried) if tried else preferred
+        engine = engine or self._core.cluster.least_loaded_decode(tried)
+        if engine is None and not tried:
             return error_response(503, "NoEngine", f"{reason}; try again later")
         while engine is not None:
             tried.add(engine)

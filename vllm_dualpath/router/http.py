@@ -71,7 +71,11 @@ class Handlers:
         data = await self._body(request)
         try:
             answer = await self._core.upstream.ask(
-                engine, request.method, str(request.rel_url), end_to_end(request.headers), data
+                engine,
+                request.method,
+                request.rel_url.raw_path_qs,
+                end_to_end(request.headers),
+                data,
             )
         except PeerLost as exc:
             logger.warning("%s", exc)

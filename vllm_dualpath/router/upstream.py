@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
+from yarl import URL
 
 from vllm_dualpath.errors import PeerLost
 from vllm_dualpath.router.cluster import Cluster
@@ -87,7 +88,7 @@ class Upstream:
         try:
             response = await self._session.request(
                 method,
-                engine.hello.url.rstrip("/") + path,
+                _url(engine, path),
                 headers=headers,
                 data=data,
                 allow_redirects=False,
@@ -137,7 +138,7 @@ class Upstream:
                 await asyncio.sleep(_PROBE_INTERVAL_S)
 
     async def _probe(self, engine: Engine) -> bool:
-        url = engine.hello.url.rstrip("/") + "/health"
+        url = _url(engine, "/health")
         try:
             async with self._session.get(
                 url, timeout=aiohttp.ClientTimeout(total=_PROBE_S)
@@ -148,6 +149,11 @@ class Upstream:
         if engine.serving:
             logger.info("engine %s serves at %s", engine.engine_id, engine.hello.url)
         return engine.serving
+
+
+def _url(engine: Engine, path: str) -> URL:
+    """``path`` is passed on as the client encoded it."""
+    return URL(engine.hello.url.rstrip("/") + path, encoded=True)
 
 
 JSON_HEADERS = {"Content-Type": "application/json"}

@@ -5,8 +5,10 @@ descriptors are packed and checked, and native events and errors become those of
 
 Peers on this host are reached by UCX's worker address, which offers shared memory, without UCX's
 failure handling, which rules that out: their death is for the caller to notice, who then calls
-``disconnect``. Peers on other hosts are reached through the listener, with failure handling: their
-loss arrives as ``PeerClosed``.
+``disconnect``. All others are reached through the listener, with failure handling: their loss
+arrives as ``PeerClosed``. A peer on this host whose memory CMA cannot reach is one of the others:
+UCX 1.22 would take TCP for it all the same, and over TCP to a worker address a target crashes now
+and then, when it connects back while it receives its first large put.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import logging
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -40,6 +43,7 @@ MAX_PUT_BYTES = 1 << 20
 
 _PUT_DONE, _NOTICE = 0, 1  # TransportEvent::Kind in csrc/core/event_queue.hpp; 2 is a closed peer
 _FRAME_VERSION = 1
+_NAMESPACES = ("pid", "user")
 
 
 class _Address(msgspec.Struct, frozen=True, array_like=True):
@@ -48,6 +52,7 @@ class _Address(msgspec.Struct, frozen=True, array_like=True):
     host: str
     port: int
     worker_address: bytes
+    memory_domain: str
 
 
 class _Descriptor(msgspec.Struct, frozen=True, array_like=True):
@@ -96,6 +101,7 @@ class UcxTransport(Transport):
             library.path, library.version, native.parse_ucx_transports(info)
         )
         self._nonce = secrets.token_bytes(16)
+        self._memory_domain = _memory_domain(self._report.transports)
         self._closed = False
         logger.info("%s from %s", self.name, library.path)
 
@@ -112,6 +118,7 @@ class UcxTransport(Transport):
                 host=self._host,
                 port=self._engine.listen_port,
                 worker_address=self._engine.worker_address,
+                memory_domain=self._memory_domain,
             )
         )
 
@@ -128,16 +135,17 @@ class UcxTransport(Transport):
         region = _unpack(region_descriptor, _Descriptor)
         if peer.nonce != region.nonce:
             raise TransportError("address and region descriptor are of different transports")
-        self._warn_of_slow_path(peer, same_host)
+        by_memory = same_host and peer.memory_domain == self._memory_domain != ""
+        if not by_memory:
+            self._warn_of_slow_path(peer, same_host)
         with _translated():
             return self._engine.connect(
-                host="" if same_host else peer.host,
+                host="" if by_memory else peer.host,
                 port=peer.port,
                 worker_address=peer.worker_address,
                 remote_key=region.key,
                 remote_address=region.address,
                 remote_bytes=region.num_bytes,
-                error_handling=not same_host,
             )
 
     def put(self, peer_id: int, pieces: PutArray, notice: bytes) -> int:
@@ -162,17 +170,25 @@ class UcxTransport(Transport):
             raise TransportError("the transport is closed")
 
     def _warn_of_slow_path(self, peer: _Address, same_host: bool) -> None:
-        if same_host and "cma" not in self._report.transports:
+        if same_host:
             logger.warning(
-                "UCX has no CMA here (UCX_TLS, or process_vm_writev is forbidden): bytes to a peer "
-                "on this host take a slower path; see `vllm-dualpath doctor`"
+                "no CMA to a peer on this host (UCX_TLS, process_vm_writev forbidden, or another "
+                "PID namespace): bytes to it go by the network; see `vllm-dualpath doctor`"
             )
-        elif not same_host and not self._report.has_rdma:
+        elif not self._report.has_rdma:
             logger.warning(
                 "UCX (%s) has no RDMA transport: bytes to %s go by TCP; see `vllm-dualpath doctor`",
                 self._report.path,
                 peer.host,
             )
+
+
+def _memory_domain(transports: tuple[str, ...]) -> str:
+    """What two processes have in common whose memory CMA can reach; empty without CMA."""
+    if "cma" not in transports:
+        return ""
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ":".join([boot_id, *(str(Path(f"/proc/self/ns/{ns}").readlink()) for ns in _NAMESPACES)])
 
 
 def _event(kind: int, event_id: int, ok: bool, text: bytes) -> Event:

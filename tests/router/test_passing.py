@@ -1,0 +1,216 @@
+"""What is not transferred: other paths, requests that a transfer cannot serve, and the edges."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from typing import Any
+
+import aiohttp
+import pytest
+from yarl import URL
+
+from vllm_dualpath.config import RouterConfig
+from vllm_dualpath.errors import ConfigError
+from vllm_dualpath.messages import Goodbye, Reserve, Welcome
+from vllm_dualpath.router import Router
+from vllm_dualpath.router.eligibility import alone_reason
+from vllm_dualpath.router.usage import EventCorrector, correct_cached_tokens
+
+from .cluster import Harness, free_port, pair, stored_blocks
+from .test_good_case import IDS, body
+
+pytestmark = [pytest.mark.timeout(60)]
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+IMAGE = [{"type": "image_url", "image_url": {"url": "data:"}}]
+SLY_IMAGE = [{"type": "text", "text": "hi", "image_url": "data:"}]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt_logprobs": 0},
+        {"echo": True},
+        {"prompt_embeds": "x"},
+        {"use_beam_search": True},
+        {"prompt": ["a", "b"]},
+        {"prompt": [[1, 2]]},
+        {"prompt": [True]},
+        {"prompt": []},
+        {"prompt": ""},
+        {"prompt": 7},
+        {"suffix": "x"},
+        {"n": 0},
+        {"n": "2"},
+        {"max_tokens": 0},
+        {"cache_salt": ""},
+        {"cache_salt": 3},
+        {"mm_processor_kwargs": {}},
+        {"messages": [{"role": "user", "content": IMAGE}], "prompt": None},
+        {"messages": [{"role": "user", "content": SLY_IMAGE}], "prompt": None},
+        {"messages": "x"},
+    ],
+)
+def test_requests_that_go_alone(change: dict[str, Any]) -> None:
+    """Each entry of the table is recognised."""
+    request = {name: value for name, value in body(**change).items() if value is not None}
+    assert alone_reason(request)
+
+
+@pytest.mark.parametrize(
+    "request_body",
+    [
+        body(),
+        body(prompt="text", n=None, echo=False, max_tokens=None),
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]},
+        {"messages": [{"role": "assistant", "content": None, "tool_calls": []}]},
+    ],
+)
+def test_requests_that_are_transferred(request_body: dict[str, Any]) -> None:
+    """Plain requests are not turned away by mistake."""
+    assert alone_reason(request_body) == ""
+
+
+@pytest.mark.asyncio
+async def test_alone_is_untouched_but_for_forged_params() -> None:
+    """A request that goes alone arrives as it was sent, without kv_transfer_params."""
+    async with pair() as harness:
+        sent = body(echo=True, unknown_field=[1])
+        await harness.post({**sent, "kv_transfer_params": {"x": 1}, "vllm_xargs": {"a": 1}})
+        await harness.post({**sent, "vllm_xargs": {"kv_transfer_params": "x", "a": 1}})
+        expected = {**sent, "vllm_xargs": {"a": 1}}
+        assert harness.bodies("d:leg") == [expected, expected]
+        assert harness.d.of(Reserve) == []
+
+
+@pytest.mark.asyncio
+async def test_model_names() -> None:
+    """An alias of the base model is transferred, a LoRA's and an unknown name go alone."""
+    async with pair() as harness:
+        for name in ("alias", "lora", "nonsense", ["m"]):
+            await harness.post(body(model=name))
+        assert len(harness.d.of(Reserve)) == 1
+        assert [leg["model"] for leg in harness.bodies("d:leg")][1:] == ["lora", "nonsense", ["m"]]
+
+
+@pytest.mark.asyncio
+async def test_too_long_requests_go_alone() -> None:
+    """VLLM judges a request beyond the model's length; no transfer is wasted on it."""
+    async with pair() as harness:
+        await harness.post(body(max_tokens=983))
+        assert harness.d.of(Reserve) == []
+        await harness.post(body(max_tokens=982))
+        assert len(harness.d.of(Reserve)) == 1
+
+
+@pytest.mark.asyncio
+async def test_other_paths_pass_through() -> None:
+    """Method, query, body, status and headers pass both ways; forged parameters do not."""
+    async with pair() as harness:
+        url = URL(harness.url + "/some%2Fpath?x=1&y=a%20b", encoded=True)
+        async with harness.client.put(url, data=b"abc") as got:
+            assert (got.status, await got.read()) == (418, b"cba")
+            assert got.headers["X-Engine"] == "d"
+        assert harness.bodies("d:PUT /some%2Fpath?x=1&y=a%20b") == [b"abc"]
+        await harness.post({"input": 1, "kv_transfer_params": {"x": 1}}, "/v1/responses")
+        assert harness.bodies("d:POST /v1/responses") == [b'{"input":1}']
+        status, models = await harness.get("/v1/models")
+        assert (status, models["data"][0]["id"]) == (200, "alias")
+
+
+@pytest.mark.asyncio
+async def test_bad_bodies() -> None:
+    """A body that is too large is a 413 of the router's; what is no JSON is vLLM's to refuse."""
+    async with pair(max_body_bytes=1000) as harness:
+        status, content = await harness.post(body(prompt="x" * 2000))
+        assert status == 413
+        assert b'"error"' in content
+        async with harness.client.post(harness.url + "/v1/completions", data=b"{") as got:
+            assert got.status == 500
+        assert harness.d.of(Reserve) == []
+
+
+@pytest.mark.asyncio
+async def test_snapshot_is_asked_of_another_mover() -> None:
+    """The mover that was to send the store's content leaves before it did: the next one does."""
+    async with Harness() as harness:
+        first = await harness.add("a", "decode", stored_blocks(IDS, 2))
+        assert first.of(Welcome)[0].send_snapshot
+        await harness.until(lambda: harness.router.cluster.stores.num_pending == 0)
+        second = await harness.add("b", "decode", stored_blocks(IDS, 3))
+        assert not second.of(Welcome)[0].send_snapshot
+    async with Harness() as harness:
+        # "a" never sends its snapshot.
+        server = await harness.add("b", "decode", store="file:///elsewhere")
+        a = type(server)(harness, server.server, "decode", engine_id="a")
+        harness.movers["a"] = a
+        a.script = lambda _message: True
+        a.start()
+        await harness.until(lambda: bool(a.of(Welcome)))
+        c = await harness.add("c", "decode", stored_blocks(IDS, 3))
+        assert not c.of(Welcome)[0].send_snapshot
+        a.say(Goodbye("stopping"))
+        await harness.until(lambda: harness.router.cluster.stores.num_blocks == 3)
+        assert c.of(Welcome)[-1].send_snapshot
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("taken", ["listen", "control"])
+async def test_taken_address_is_a_config_error(taken: str) -> None:
+    """A port in use ends the start with a message that names the address."""
+    async with Harness() as harness:
+        config = harness.config.model_dump()
+        other = "control" if taken == "listen" else "listen"
+        address = f"127.0.0.1:{free_port()}"
+        config[other] = address if other == "listen" else f"tcp://{address}"
+        router = Router(RouterConfig(**config))
+        with pytest.raises(ConfigError, match=str(config[taken])):
+            await router.start()
+
+
+@pytest.mark.asyncio
+async def test_sigterm_stops_the_process() -> None:
+    """run_router serves until SIGTERM and then returns."""
+    listen, control = f"127.0.0.1:{free_port()}", f"tcp://127.0.0.1:{free_port()}"
+    code = (
+        "from vllm_dualpath.config import RouterConfig;"
+        "from vllm_dualpath.router import run_router;"
+        f"run_router(RouterConfig(listen={listen!r}, control={control!r}))"
+    )
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code)
+    try:
+        async with aiohttp.ClientSession() as client:
+            for _ in range(200):
+                try:
+                    async with client.get(f"http://{listen}/health") as response:
+                        assert response.status == 503
+                        break
+                except aiohttp.ClientConnectionError:
+                    await asyncio.sleep(0.05)
+        os.kill(process.pid, signal.SIGTERM)
+        assert await asyncio.wait_for(process.wait(), 10) == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+
+
+def test_event_corrector_at_every_split() -> None:
+    """However the bytes arrive, the same bytes leave, with the count replaced once."""
+    text = r'{"text": "\"prompt_tokens_details\":{\"cached_tokens\": 9} ✓"}'.encode()
+    usage = b'{"usage":{"prompt_tokens_details":{"cached_tokens":123}}}'
+    stream = b"data: " + text + b"\n\n: ping\r\n\r\ndata: " + usage + b"\n\ndata: [DONE]\n\n"
+    expected = stream.replace(b'"cached_tokens":123', b'"cached_tokens":8')
+    for split in range(len(stream) + 1):
+        corrector = EventCorrector(8)
+        out = corrector.feed(stream[:split]) + corrector.feed(stream[split:]) + corrector.close()
+        assert out == expected, split
+
+
+def test_absent_count_stays_absent() -> None:
+    """Only a field that vLLM itself put there is replaced."""
+    for content in (b'{"usage":{"prompt_tokens":3}}', b'{"prompt_tokens_details":null}', b""):
+        assert correct_cached_tokens(content, 5) == content
