@@ -13,7 +13,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, naive_recompile
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 
 SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
@@ -38,8 +38,17 @@ def ucx_include_dir() -> str | None:
     return None
 
 
+def needs_recompile(object_path: str, source_path: str) -> bool:
+    """Whether an object is older than its source or any header: layouts must agree everywhere."""
+    compiled = Path(object_path)
+    if not compiled.exists():
+        return True
+    newest = max(Path(path).stat().st_mtime for path in [source_path, *HEADERS])
+    return compiled.stat().st_mtime < newest
+
+
 include_dir = ucx_include_dir()
-ParallelCompile("MAX_JOBS", default=0, needs_recompile=naive_recompile).install()
+ParallelCompile("MAX_JOBS", default=0, needs_recompile=needs_recompile).install()
 setup(
     ext_modules=[
         Pybind11Extension(

@@ -14,6 +14,7 @@ import asyncio
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,26 +128,29 @@ def problems(results: dict[str, ModeResult]) -> list[str]:
 
 
 def table(results: dict[str, ModeResult]) -> Table:
-    """One row a mode; bytes in KiB."""
+    """One column a mode."""
     shown = Table(title="Every answer compared with plain vLLM, token by token")
     shown.add_column("mode")
-    for name in (
-        *("requests", "exact", "JCT s", "hit tokens"),
-        *("read by\nprefill KiB", "read by\ndecode KiB", "pushed to\nprefill KiB"),
-        "pushed to\ndecode KiB",
-    ):
-        shown.add_column(name, justify="right")
-    for mode, result in results.items():
-        sizes = (*result.read_bytes.values(), *result.push_bytes.values())
-        shown.add_row(
-            mode,
-            str(result.requests),
-            str(result.exact),
-            f"{result.jct_s:.2f}",
-            str(result.hit_tokens),
-            *(f"{size / 1024:,.0f}" for size in sizes),
-        )
+    for mode in results:
+        shown.add_column(mode, justify="right")
+    rows: tuple[tuple[str, Callable[[ModeResult], str]], ...] = (
+        ("requests", lambda result: str(result.requests)),
+        ("exact", lambda result: str(result.exact)),
+        ("job completion time, s", lambda result: f"{result.jct_s:.2f}"),
+        ("hit tokens", lambda result: f"{result.hit_tokens:,}"),
+        ("read by the prefill side, KiB", lambda result: kib(result.read_bytes["prefill"])),
+        ("read by the decode side, KiB", lambda result: kib(result.read_bytes["decode"])),
+        ("pushed to the prefill side, KiB", lambda result: kib(result.push_bytes["to_prefill"])),
+        ("pushed to the decode side, KiB", lambda result: kib(result.push_bytes["to_decode"])),
+    )
+    for name, show in rows:
+        shown.add_row(name, *map(show, results.values()))
     return shown
+
+
+def kib(num_bytes: int) -> str:
+    """Bytes as the table shows them."""
+    return f"{num_bytes / 1024:,.0f}"
 
 
 def run(directory: Path, console: Console) -> dict[str, ModeResult]:

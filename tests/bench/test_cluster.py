@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import threading
 import time
@@ -14,7 +16,7 @@ import pytest
 from vllm_dualpath.bench import servers
 from vllm_dualpath.bench.cluster import ClusterSpec, LocalCluster
 from vllm_dualpath.bench.servers import PlainServer
-from vllm_dualpath.cli.up import run_cluster
+from vllm_dualpath.cli.up import run_cluster, stop_event
 from vllm_dualpath.control.host import process_start_ticks
 from vllm_dualpath.errors import LaunchError
 
@@ -28,6 +30,15 @@ def program(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     command = [sys.executable, "-c", WAITS]
     monkeypatch.setattr(servers, "server_command", lambda *_args, **_kw: list(command))
     yield command
+
+
+@pytest.fixture(autouse=True)
+def restored_signals() -> Iterator[None]:
+    """``stop_event`` takes the signals of its process."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def cluster_of(tmp_path: Path, start_timeout_s: float = 30.0) -> LocalCluster:
@@ -113,6 +124,18 @@ def test_a_later_death_is_a_warning_and_the_exit_code(
     assert described["router"]["url"] == cluster.url
     assert [engine["role"] for engine in described["engines"]] == ["prefill", "decode"]
     assert described["engines"][1]["pid"] == cluster.engines[1].process.pid
+
+
+def test_sigterm_ends_the_command_in_order(
+    tmp_path: Path, program: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Told to stop with everything alive: no warning, exit code 0, nothing left."""
+    assert program[-1] == WAITS
+    cluster, stop = ReadyCluster(cluster_of(tmp_path).spec), stop_event()
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert run_cluster(cluster, None, stop) == 0
+    assert "WARNING" not in capsys.readouterr().err
+    assert all(process_start_ticks(pid) is None for pid in pids(cluster))
 
 
 def test_a_plain_server_that_dies_is_reported(tmp_path: Path, program: list[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 import select
@@ -37,7 +36,7 @@ INDEX_CAPACITY = 1024
 
 
 class ScriptedMover:
-    """Serves one engine. Holds the engine's lock, so that the worker starts no mover of its own."""
+    """Serves one engine."""
 
     def __init__(self, path: Path, geometry: Geometry, num_slots: int, *, index: bool) -> None:
         self.boot_id = os.urandom(16)
@@ -45,8 +44,6 @@ class ScriptedMover:
         self.num_slots = num_slots
         self.received: list[tuple[str, EngineMessage]] = []
         self.releases: Counter[TransferKey] = Counter()
-        self._lock_fd = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._max_blocks = 64
         sizes = [
             num_slots * geometry.slot_bytes,
@@ -74,7 +71,12 @@ class ScriptedMover:
     # --- what a test does with it ------------------------------------------------------------------
 
     def publish(
-        self, root: bytes, tokens: list[int], num_hit_blocks: int, slots: list[int], **changes: object
+        self,
+        root: bytes,
+        tokens: list[int],
+        num_hit_blocks: int,
+        slots: list[int],
+        **changes: object,
     ) -> dict[str, object]:
         """Publish a transfer; returns the leg's parameters."""
         key = TransferKey(os.urandom(16), 0)
@@ -109,7 +111,9 @@ class ScriptedMover:
         pages: Counter[tuple[int, int]] = Counter()
         for message in self.of(Saved):
             if message.key == key:
-                pages.update((message.layer, p) for p in range(message.first_page, message.last_page))
+                pages.update(
+                    (message.layer, p) for p in range(message.first_page, message.last_page)
+                )
         return pages
 
     def page(self, slots: list[int], layer: int, page: int) -> np.ndarray:
@@ -126,7 +130,6 @@ class ScriptedMover:
         for fd in self._fds:
             os.close(fd)
         os.close(self._wake)
-        os.close(self._lock_fd)
 
     # --- its thread --------------------------------------------------------------------------------
 
@@ -181,7 +184,7 @@ class ScriptedMover:
             num_slots=self.num_slots,
             table_capacity=TABLE_CAPACITY,
             table_max_blocks=self._max_blocks,
-            index_capacity_blocks=INDEX_CAPACITY if self.index else 0,
+            index_capacity_blocks=INDEX_CAPACITY if self.index is not None else 0,
         )
         peer.send(encode(attached), self._fds)
         self._peers[kind] = peer
@@ -191,5 +194,3 @@ def _memfd(size: int) -> int:
     fd = os.memfd_create("dualpath-test")
     os.ftruncate(fd, size)
     return fd
-
-

@@ -128,8 +128,22 @@ class Deployment:
         engines = self.cluster.status()["engines"]
         return next(engine for engine in engines if engine["role"] == role)
 
+    def transfers(self) -> list[str]:
+        """The states of the open transfers."""
+        return [str(transfer["state"]) for transfer in self.cluster.status()["transfers"]]
+
     def mover_pid(self, role: str) -> int:
         return int(self.status(role)["pid"])
+
+    def wait_mover_replaced(self, role: str, old_pid: int) -> None:
+        """Wait until the router knows another mover of this role than ``old_pid``."""
+
+        def replaced() -> bool:
+            engines = self.cluster.status()["engines"]
+            return any(each["role"] == role and each["pid"] != old_pid for each in engines)
+
+        wait_until(replaced, f"a new {role} mover", 30.0)
+        self.wait_registered()
 
     def counters(self, role: str) -> Counters:
         """What one engine has counted, once nothing is open."""

@@ -7,9 +7,9 @@ import json
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from urllib.parse import urlsplit
 
 import pytest
@@ -19,7 +19,7 @@ from .deployment import Deployment, wait_until
 from .models import BLOCK_TOKENS
 from .prompts import token_ids
 from .reference import Reference
-from .stored_blocks import flip_byte, stored_by
+from .stored_blocks import files_of, flip_byte, stored_by
 
 _NUM_TOKENS = 300
 _NUM_BLOCKS = 4
@@ -34,10 +34,6 @@ def _warm(llama: Deployment, reference: Reference, name: str) -> list[int]:
     return prompt
 
 
-def _open_transfers(llama: Deployment) -> int:
-    return len(llama.cluster.status()["transfers"])
-
-
 def test_abort_in_mid_stream(llama: Deployment, llama_reference: Reference) -> None:
     """The client leaves after a few tokens; the engine stops, and the next request is right."""
     prompt = _warm(llama, llama_reference, "abort in mid-stream")
@@ -47,27 +43,57 @@ def test_abort_in_mid_stream(llama: Deployment, llama_reference: Reference) -> N
     assert llama.ask(prompt, 10).tokens == llama_reference.tokens(prompt, 10)
 
 
-@pytest.mark.parametrize("role", _ROLES)
-def test_abort_during_staging(llama: Deployment, llama_reference: Reference, role: str) -> None:
-    """The client leaves while a stopped mover keeps the transfer from being staged."""
+@pytest.mark.parametrize(("role", "position"), [("prefill", 0), ("decode", 3)])
+def test_abort_during_staging(
+    llama: Deployment, llama_reference: Reference, role: str, position: int
+) -> None:
+    """The client leaves while one side's read is stuck: its slots are kept until that has ended."""
     prompt = _warm(llama, llama_reference, f"abort during staging {role}")
-    mover = llama.mover_pid(role)
-    os.kill(mover, signal.SIGSTOP)
-    try:
-        _send_and_leave(llama, prompt)
-    finally:
-        os.kill(mover, signal.SIGCONT)
+    stuck = files_of(llama.store, prompt)[position]
+    stuck.unlink()
+    os.mkfifo(stuck)  # opening it to read waits for a writer
+    with _request(llama, prompt):
+        wait_until(lambda: llama.transfers() == ["staging"], "a transfer that is staged", 5)
+        wait_until(lambda: llama.status(role)["stats"]["slots_used"] > 0, "slots in use", 5)
+    wait_until(lambda: _is_ending(llama), "the end of the transfer", 5)
+    time.sleep(1.5)  # more than a heartbeat
+    assert llama.status(role)["stats"]["slots_used"] > 0
+    os.close(os.open(stuck, os.O_WRONLY))
     llama.expect_clean()
     assert llama.ask(prompt, 10).tokens == llama_reference.tokens(prompt, 10)
 
 
-def _send_and_leave(llama: Deployment, prompt: Sequence[int]) -> None:
-    """Send a request, close the connection as soon as its transfer is open."""
+@pytest.mark.parametrize("role", _ROLES)
+def test_abort_while_a_mover_is_silent(
+    llama: Deployment, llama_reference: Reference, role: str
+) -> None:
+    """The client leaves while a stopped mover has not answered yet."""
+    prompt = _warm(llama, llama_reference, f"abort while silent {role}")
+    mover = llama.mover_pid(role)
+    os.kill(mover, signal.SIGSTOP)
+    try:
+        with _request(llama, prompt):
+            wait_until(lambda: bool(llama.transfers()), "an open transfer", 5)
+        wait_until(lambda: _is_ending(llama), "the end of the transfer", 5)
+    finally:
+        os.kill(mover, signal.SIGCONT)
+    llama.wait_registered()
+    llama.expect_clean()
+    assert llama.ask(prompt, 10).tokens == llama_reference.tokens(prompt, 10)
+
+
+def _is_ending(llama: Deployment) -> bool:
+    return all(state.startswith("waiting for the end") for state in llama.transfers())
+
+
+@contextmanager
+def _request(llama: Deployment, prompt: Sequence[int]) -> Iterator[None]:
+    """A request under way; leaving the block closes its connection."""
     address = urlsplit(llama.url)
     with closing(http.client.HTTPConnection(address.hostname or "", address.port)) as connection:
         body = json.dumps(greedy(prompt, 10))
         connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
-        wait_until(lambda: _open_transfers(llama) > 0, "an open transfer", 5)
+        yield
 
 
 @pytest.mark.parametrize("position", range(_NUM_BLOCKS))
@@ -92,6 +118,23 @@ def test_a_flipped_byte_is_found_and_recomputed(
     assert (again[0] - after[0]).prompt == (_NUM_TOKENS - hit, 0, hit)
 
 
+def test_a_stuck_read(llama: Deployment, llama_reference: Reference) -> None:
+    """Neither side's read of a block makes progress: the prompt is computed, within deadlines."""
+    prompt = _warm(llama, llama_reference, "stuck read")
+    llama.replace_router("split", "--deadline", "stage_s=1.5")
+    stuck = files_of(llama.store, prompt)[0]
+    stuck.unlink()
+    os.mkfifo(stuck)  # opening it to read waits for a writer
+    before = llama.counters("prefill")
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(llama.ask, prompt, 10).result(timeout=30)
+    assert answer.tokens == llama_reference.tokens(prompt, 10)
+    os.close(os.open(stuck, os.O_WRONLY))
+    after, _ = llama.drained()
+    assert (after - before).prompt == (_NUM_TOKENS, 0, 0)
+    llama.replace_router("split")
+
+
 def test_a_block_that_is_gone(llama: Deployment, llama_reference: Reference) -> None:
     """A file that somebody removed behind our back ends the hit."""
     prompt = token_ids("block gone", _NUM_TOKENS)
@@ -114,7 +157,7 @@ def test_a_mover_killed_in_mid_load(
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(llama.ask, prompt, 10)
         try:
-            wait_until(lambda: _open_transfers(llama) > 0, "an open transfer", 5)
+            wait_until(lambda: bool(llama.transfers()), "an open transfer", 5)
         finally:
             os.kill(mover, signal.SIGKILL)
         assert answer.result().tokens == llama_reference.tokens(prompt, 10)
@@ -140,9 +183,7 @@ def test_a_mover_killed_under_load(
 def _expect_hits_again(
     llama: Deployment, reference: Reference, role: str, killed: int, prompt: Sequence[int]
 ) -> None:
-    llama.wait_registered()
-    wait_until(lambda: llama.mover_pid(role) != killed, f"a new {role} mover", 30)
-    llama.wait_registered()
+    llama.wait_mover_replaced(role, killed)
     expected = reference.tokens(prompt, 10)
     assert llama.ask(prompt, 10).tokens == expected
     before = llama.drained()

@@ -41,7 +41,9 @@ def test_prompts_of_any_length(
     hit = hit_tokens(num_tokens, num_tokens)
     assert (warm[0] - cold[0]).prompt == (num_tokens - hit, 0, hit)
     assert (warm[0] - cold[0]).external_hits == hit
-    assert (warm[1] - cold[1]).prompt == (0, 0, num_tokens)
+    # vLLM computes the last token itself, and a request with nothing else is a new one to it.
+    loaded = (0, 0, num_tokens) if num_tokens > 1 else (1, 0, 0)
+    assert (warm[1] - cold[1]).prompt == loaded
 
 
 def test_a_shared_prefix_is_a_hit(llama: Deployment, llama_reference: Reference) -> None:

@@ -30,6 +30,8 @@ class Cluster:
         self.router = ScriptedRouter()
         self._numbers = itertools.count()
         self._seeds = itertools.count(1)
+        self._spares: dict[str, MoverProcess] = {}
+        """Started, not attached: so a test that kills a mover costs the next one no wait."""
         self.prefill = self._start("prefill")
         self.decode = self._start("decode")
         self.router.join(self.prefill)
@@ -47,7 +49,8 @@ class Cluster:
             mover: MoverProcess = getattr(self, role)
             if mover.process.poll() is not None:
                 mover.close()
-                mover = self._start(role)
+                mover = self._spares.pop(role, None) or self._start(role)
+                self._spares[role] = self._start(role)
                 setattr(self, role, mover)
                 self.router.join(mover)
         for mover in (self.prefill, self.decode):
@@ -124,6 +127,6 @@ class Cluster:
         return code
 
     def close(self) -> None:
-        for mover in (self.prefill, self.decode):
+        for mover in (self.prefill, self.decode, *self._spares.values()):
             mover.close()
         self.router.close()

@@ -28,6 +28,7 @@ from vllm_dualpath.messages import (
     Hello,
     Load,
     LocalMessage,
+    LocalStats,
     MoverMessage,
     MoverSpec,
     Peer,
@@ -74,6 +75,31 @@ def block_payload(block_hash: bytes) -> bytes:
 
 def open_test_store(directory: Path) -> PosixStore:
     return PosixStore(f"file://{directory}", FINGERPRINT, GEOMETRY)
+
+
+def make_pipe(directory: Path, block_hash: bytes) -> Path:
+    """Replace a stored block by a named pipe: opening it for reading blocks, as on a dead disk."""
+    path = block_path(directory, block_hash)
+    path.unlink()
+    os.mkfifo(path)
+    return path
+
+
+def release_pipe(pipe: Path) -> None:
+    """Let the reader that hangs on a pipe return; it finds no block."""
+    try:
+        os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+    except OSError as exc:
+        raise AssertionError(f"nobody reads {pipe}: {exc}") from exc
+    finally:
+        pipe.unlink(missing_ok=True)
+
+
+def block_path(directory: Path, block_hash: bytes) -> Path:
+    """The file of a stored block."""
+    name = block_hash.hex()
+    (path,) = directory.glob(f"*/{name[:2]}/{name[2:4]}/{name}")
+    return path
 
 
 class Prompt:
@@ -158,18 +184,30 @@ class ScriptedEngine:
         self.worker.send(Release(key))
 
     def expect(self, kind: type[_T], match: Callable[[_T], bool] = lambda _: True) -> _T:
-        """The first message of this kind that matches; earlier ones are forgotten."""
+        """The first message of this kind that matches; earlier ones of the kind are forgotten."""
 
         def look() -> _T | None:
             while not self.messages.empty():
                 self._seen.append(self.messages.get())
             for idx, message in enumerate(self._seen):
                 if isinstance(message, kind) and match(message):
-                    del self._seen[: idx + 1]
+                    late = self._seen[idx + 1 :]
+                    self._seen = [m for m in self._seen[:idx] if not isinstance(m, kind)] + late
                     return message
             return None
 
         return wait_for(look, f"{kind.__name__} at the engine")  # type: ignore[return-value]
+
+    def expect_idle(self) -> LocalStats:
+        """A report, from now on, that nothing is open and every slot free."""
+        self.forget(LocalStats)
+        return self.expect(LocalStats, lambda each: each.idle and each.stats.slots_used == 0)
+
+    def forget(self, kind: type[LocalMessage]) -> None:
+        """Drop what came of this kind."""
+        while not self.messages.empty():
+            self._seen.append(self.messages.get())
+        self._seen = [message for message in self._seen if not isinstance(message, kind)]
 
     def close(self) -> None:
         self.worker.close()
@@ -294,6 +332,7 @@ class ScriptedRouter:
         self.send_snapshot = False
         self.silent = False
         self.hellos: dict[bytes, Hello] = {}
+        self.num_hellos = 0
         self.loads: dict[bytes, Load] = {}
         self._received: dict[bytes, list[MoverMessage]] = {}
 
@@ -311,6 +350,7 @@ class ScriptedRouter:
     def _take(self, identity: bytes, message: MoverMessage) -> None:
         if isinstance(message, Hello):
             self.hellos[identity] = message
+            self.num_hellos += 1
             if not self.silent:
                 welcome = Welcome(
                     PROTOCOL_VERSION, self.boot_id, self.heartbeat_s, self.send_snapshot
@@ -376,6 +416,12 @@ class ScriptedRouter:
         wait_for(registered, f"Hello of {mover.engine_id}")
         mover.hello = self.hellos[mover.boot_id]
 
+    def count_hellos(self, timeout_s: float) -> int:
+        """``pump``, and say how many ``Hello`` came."""
+        before = self.num_hellos
+        self.pump(timeout_s)
+        return self.num_hellos - before
+
     def close(self) -> None:
         self.socket.close(0)
         self._context.term()
@@ -420,10 +466,15 @@ class Transfer:
         self.stage_at(self.decode, split, num_hit_blocks, num_releases)
 
     def stage_at(
-        self, mover: MoverProcess, split: int, num_hit_blocks: int, num_releases: int = 1
+        self,
+        mover: MoverProcess,
+        split: int,
+        num_hit_blocks: int,
+        num_releases: int = 1,
+        peer: Peer | None = None,
     ) -> None:
         at_prefill = mover is self.prefill
-        peer = (
+        peer = peer or (
             self.decode.peer(self.decode_slots)
             if at_prefill
             else self.prefill.peer(self.prefill_slots)

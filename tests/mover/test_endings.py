@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.mover.cluster import Cluster
-from tests.mover.scripted import GEOMETRY, MoverProcess
+from tests.mover.scripted import GEOMETRY, MoverProcess, block_path
 from tests.mover.states import STATES, Run
 from vllm_dualpath.messages import (
     Cut,
@@ -149,8 +149,7 @@ def test_cut_again(cluster: Cluster) -> None:
 
 
 def _damage(cluster: Cluster, block_hash: bytes, damage: str) -> None:
-    name = block_hash.hex()
-    (path,) = cluster.store.glob(f"*/{name[:2]}/{name[2:4]}/{name}")
+    path = block_path(cluster.store, block_hash)
     if damage == "missing":
         path.unlink()
     elif damage == "short":

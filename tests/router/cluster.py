@@ -84,6 +84,7 @@ class EngineServer:
         self.journal = journal
         self.port = free_port()
         self.cached_tokens = 0
+        self.renders = True
         self.behaviour: Behaviour | None = None
         self.disconnected = asyncio.Event()
         self.headers: list[CIMultiDict[str]] = []
@@ -100,6 +101,7 @@ class EngineServer:
         for path in ("/v1/completions", "/v1/chat/completions"):
             app.router.add_post(path, self._generate)
             app.router.add_post(f"{path}/render", self._render)
+        app.router.add_post("/tokenize", self._tokenize)
         app.router.add_route("*", "/{path:.*}", self._other)
         self._runner = web.AppRunner(
             app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1
@@ -127,11 +129,19 @@ class EngineServer:
     async def _render(self, request: web.Request) -> web.Response:
         body = await request.json()
         self.journal.append((f"{self.name}:render", body))
+        if not self.renders:
+            return web.json_response({"error": {"message": "disabled"}}, status=403)
         text = body["prompt"] if "prompt" in body else body["messages"][-1]["content"]
         if text == "refuse me":
             return web.json_response({"error": {"message": "refused"}}, status=400)
         rendered = {"token_ids": [ord(letter) for letter in text]}
         return web.json_response([rendered] if "prompt" in body else rendered)
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.journal.append((f"{self.name}:tokenize", body))
+        text = body["prompt"] if "prompt" in body else body["messages"][-1]["content"]
+        return web.json_response({"tokens": [ord(letter) for letter in text]})
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()

@@ -444,7 +444,7 @@ async def test_malformed_messages_are_counted() -> None:
 async def test_messages_about_foreign_transfers_are_ignored() -> None:
     """A mover cannot move a transfer that it takes no part in."""
     async with pair() as harness:
-        other = await harness.add("e", "prefill")
+        other = await harness.add("z", "prefill")
 
         async def forge(request: web.Request, leg: dict[str, Any]) -> web.StreamResponse:
             key = wire_key(leg["kv_transfer_params"]["dualpath"])

@@ -123,14 +123,24 @@ async def test_chat_is_rendered_once_and_sent_as_ids() -> None:
 
 
 async def test_text_prompt_is_rendered_by_an_engine() -> None:
-    """A text prompt costs one render call; a refusal there is the client's answer."""
+    """A text prompt costs one render call; what is refused there is left to the real endpoint."""
     async with pair() as harness:
         status, _ = await harness.post(body(prompt="some text"))
         assert status == 200
         assert harness.bodies("p:leg")[0]["prompt"] == [ord(letter) for letter in "some text"]
-        status, content = await harness.post(body(prompt="refuse me"))
-        assert (status, json.loads(content)) == (400, {"error": {"message": "refused"}})
+        await harness.post(body(prompt="refuse me"))
+        assert harness.bodies("d:leg")[1] == body(prompt="refuse me")
         assert len(harness.bodies("p:leg")) == 1
+
+
+async def test_engines_without_render_endpoints_tokenize() -> None:
+    """The first render call is refused; from then on /tokenize is asked at once."""
+    async with pair() as harness:
+        harness.d.server.renders = False
+        for _ in range(2):
+            assert (await harness.post(body(prompt="some text")))[0] == 200
+        assert harness.events("render", "tokenize") == ["d:render", "d:tokenize", "d:tokenize"]
+        assert harness.bodies("p:leg")[1]["prompt"] == [ord(letter) for letter in "some text"]
 
 
 async def test_cache_salt_makes_another_root() -> None:

@@ -17,6 +17,7 @@ from vllm_dualpath.errors import ConfigError
 from vllm_dualpath.messages import Goodbye, Reserve, Welcome
 from vllm_dualpath.router import Router
 from vllm_dualpath.router.eligibility import alone_reason
+from vllm_dualpath.router.tokenize import tokenize_request
 from vllm_dualpath.router.usage import EventCorrector, correct_cached_tokens
 
 from .cluster import Harness, free_port, pair, stored_blocks
@@ -73,6 +74,48 @@ def test_requests_that_go_alone(change: dict[str, Any]) -> None:
 def test_requests_that_are_transferred(request_body: dict[str, Any]) -> None:
     """Plain requests are not turned away by mistake."""
     assert alone_reason(request_body) == ""
+
+
+def test_tokenize_request_carries_what_renders() -> None:
+    """Every field that changes a chat's ids is passed on, as the chat endpoint would take it."""
+    messages = [{"role": "assistant", "content": "x", "reasoning_content": "r"}]
+    chat = {
+        "model": "m",
+        "messages": messages,
+        "tools": [{"type": "function"}],
+        "documents": [{"title": "t"}],
+        "reasoning_effort": "low",
+        "add_generation_prompt": False,
+        "continue_final_message": True,
+        "add_special_tokens": True,
+        "chat_template_kwargs": {"a": 1},
+        "temperature": 1,
+        "max_tokens": 3,
+    }
+    kwargs = {"a": 1, "documents": chat["documents"], "reasoning_effort": "low"}
+    assert tokenize_request(chat, "m") == {
+        "model": "m",
+        "messages": [{"role": "assistant", "content": "x", "reasoning": "r"}],
+        "tools": chat["tools"],
+        "add_generation_prompt": False,
+        "continue_final_message": True,
+        "add_special_tokens": True,
+        "chat_template_kwargs": {**kwargs, "enable_thinking": True},
+    }
+    assert tokenize_request({**CHAT, "n": 2}, "m") == CHAT
+    prompt = {"model": "m", "prompt": "x", "add_special_tokens": False}
+    assert tokenize_request({**prompt, "top_k": 3}, "m") == prompt
+
+
+def test_tokenize_request_knows_its_limits() -> None:
+    """Where /tokenize would make other ids than the real endpoint, it is not asked."""
+    tools = {**CHAT, "tools": [{"type": "function"}]}
+    assert tokenize_request(tools, "m") is not None
+    assert tokenize_request({**tools, "tool_choice": "none"}, "m") is None
+    assert tokenize_request({**CHAT, "truncate_prompt_tokens": 4}, "m") is None
+    assert tokenize_request({**CHAT, "chat_template_kwargs": [1]}, "m") is None
+    assert tokenize_request(CHAT, "openai/gpt-oss-20b") is None
+    assert tokenize_request({"prompt": "x"}, "openai/gpt-oss-20b") == {"prompt": "x"}
 
 
 @pytest.mark.asyncio

@@ -69,6 +69,8 @@ class UcxContract(TransportContract):
         pair.put_and_wait((0, 0, 8))
         with pair.target.stopped():
             ids = [pair.put((0, 0, NUM_BYTES), notice=b"n") for _ in range(4)]
+            # More notices than a shared-memory queue holds, so that some must wait for the target.
+            ids += [pair.put(notice=bytes(4000)) for _ in range(2000)]
             time.sleep(0.1)
             self.outcomes_after(pair, ids)
             before = time.monotonic()

@@ -59,10 +59,10 @@ def up(
         log_dir=log_dir,
         start_timeout_s=start_timeout,
     )
-    raise typer.Exit(run_cluster(LocalCluster(spec), status_json, _stop_event()))
+    raise typer.Exit(run_cluster(LocalCluster(spec), status_json, stop_event()))
 
 
-def _stop_event() -> threading.Event:
+def stop_event() -> threading.Event:
     """Set by SIGTERM and Ctrl-C. A flag, no exception: starting and stopping are not cut short."""
     stop = threading.Event()
 

@@ -138,6 +138,10 @@ class MoverConnection:
                 self._first.set()
             except (DualPathError, OSError) as exc:
                 logger.debug("no mover for the %s side yet: %s", self._kind, exc)
+            except (
+                Exception
+            ):  # a bug of ours must not end the thread, or there is never a mover again
+                logger.exception("attaching the %s side failed", self._kind)
             if time.monotonic() - started > _STEADY_S:
                 backoff_s = MIN_BACKOFF_S
             self._stop.wait(backoff_s)

@@ -112,9 +112,7 @@ class CudaCopies:
         from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
 
         self._check(
-            _cudart().cudaHostRegister(
-                memory.data_ptr(), memory.numel(), _HOST_REGISTER_PORTABLE
-            ),
+            _cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), _HOST_REGISTER_PORTABLE),
             f"registering {memory.numel()} bytes of staging memory",
         )
         return get_accelerator_view_from_cpu_tensor(memory)

@@ -75,5 +75,7 @@ class DualPathMetadata(KVConnectorMetadata):
     saves: list[PageCopy] = field(default_factory=list)
     failed_loads: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     """Asynchronous loads that cannot be ordered: report them as failed."""
+    failed_blocks: set[int] = field(default_factory=set)
+    """Blocks of synchronous loads that cannot be ordered."""
     delayed_frees: set[str] = field(default_factory=set)
     """Finished requests whose blocks vLLM holds until they are reported as sent."""

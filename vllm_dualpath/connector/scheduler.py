@@ -99,8 +99,11 @@ class SchedulerSide:
         self._note_activity()
 
     def fail_load(self, request: Request, block_ids: Sequence[int]) -> None:
-        """A load that vLLM waits for could not be ordered: have the worker say so."""
-        self._orders.failed_loads.append((request.request_id, tuple(block_ids)))
+        """A load that vLLM counts on could not be ordered: have the worker say so."""
+        if self._prefill is not None:
+            self._orders.failed_blocks.update(block_ids)
+        else:
+            self._orders.failed_loads.append((request.request_id, tuple(block_ids)))
 
     def finished(self, request: Request, block_ids: Sequence[int]) -> bool:
         """The request ended; returns whether vLLM must hold its blocks until they are copied."""

@@ -10,6 +10,7 @@ import fcntl
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -20,6 +21,8 @@ from vllm_dualpath.messages import MoverSpec
 
 logger = init_logger("vllm.dualpath.supervisor")
 
+MOVER_COMMAND = (sys.executable, "-m", "vllm_dualpath.mover")
+
 _CONFIG_ERROR_EXIT = 2
 _END_S = 5.0
 _LOG_TAIL_BYTES = 2000
@@ -28,9 +31,10 @@ _LOG_TAIL_BYTES = 2000
 class MoverProcess:
     """At most one running mover for one engine. Owned by the worker's attach thread."""
 
-    def __init__(self, spec: MoverSpec) -> None:
+    def __init__(self, spec: MoverSpec, command: Sequence[str] = MOVER_COMMAND) -> None:
         socket_path = Path(spec.socket_path)
         self._spec = spec
+        self._command = command
         self._spec_path = socket_path.with_suffix(f".{os.getpid()}.spec")
         self._lock_path = socket_path.with_suffix(".lock")
         self._log_path = socket_path.with_suffix(".log")
@@ -82,7 +86,7 @@ class MoverProcess:
         fd = os.open(self._spec_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(fd, "wb") as file:
             file.write(msgspec.msgpack.encode(self._spec))
-        command = [sys.executable, "-m", "vllm_dualpath.mover", "--spec", str(self._spec_path)]
+        command = [*self._command, "--spec", str(self._spec_path)]
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         log_fd = os.open(self._log_path, flags, 0o600)
         try:

@@ -128,6 +128,7 @@ class WorkerSide:
         self._load_marks.clear()
         self._mover.note_step(step.scheduler_boot)
         self._delayed |= step.delayed_frees
+        self._invalid |= step.failed_blocks
         for copy in (*step.sync_loads, *step.saves):
             self._owed[copy.request_id] = copy.claim
         for block in step.persists:

@@ -99,6 +99,9 @@ class FramedSocket:
                 )
             except BlockingIOError:
                 return True
+            except ConnectionResetError:
+                # The other side left without reading all; what it sent before still counts.
+                return False
             except OSError as exc:
                 raise PeerLost(f"local socket: receiving failed: {exc}") from exc
             for level, kind, payload in ancillary:

@@ -20,8 +20,11 @@ def runtime_dir(configured: Path | None) -> Path:
     it.
     """
     path = configured or Path(f"/tmp/vllm-dualpath-{os.getuid()}")
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    info = path.lstat()
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = path.lstat()
+    except OSError as exc:
+        raise ConfigError(f"runtime_dir {path}: cannot be made with mode 0700: {exc}") from exc
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
         raise ConfigError(
             f"runtime_dir {path}: expected a directory of uid {os.getuid()} with mode 0700,"

@@ -111,9 +111,10 @@ class EnginePort:
 
     def _serve(self, connection: FramedSocket) -> None:
         try:
-            connection.flush()
+            # Read first: what an engine sent before it went still counts.
             for payload in connection.receive():
                 self._handle(connection, payload)
+            connection.flush()
         except DualPathError as exc:
             self._counters.rejected_messages += isinstance(exc, ProtocolError)
             kind = self._drop(connection)

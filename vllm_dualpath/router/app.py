@@ -22,7 +22,7 @@ from vllm_dualpath.router.http import Handlers
 from vllm_dualpath.router.movers import Movers
 from vllm_dualpath.router.placing import Placer
 from vllm_dualpath.router.telemetry import Telemetry
-from vllm_dualpath.router.tokenize import ModelNames
+from vllm_dualpath.router.tokenize import ModelNames, Tokenizer
 from vllm_dualpath.router.upstream import Upstream
 
 logger = logging.getLogger(__name__)
@@ -67,8 +67,8 @@ class Router:
         telemetry = Telemetry(self.cluster)
         policy = make_policy(config.mode, config.split_fraction)
         placer = Placer(self.cluster, policy, telemetry)
-        names = ModelNames(upstream)
-        core = Core(config, self.cluster, movers, upstream, placer, names, telemetry)
+        names, tokenizer = ModelNames(upstream), Tokenizer(upstream)
+        core = Core(config, self.cluster, movers, upstream, placer, names, tokenizer, telemetry)
         tasks = [*movers.tasks(), asyncio.create_task(upstream.probe_forever())]
         for task in tasks:
             task.add_done_callback(self._task_ended)

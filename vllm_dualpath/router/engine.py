@@ -35,6 +35,8 @@ class Engine:
     """When its counters last showed bytes read or pushed."""
     serving: bool = False
     """Its HTTP server has answered: a mover says ``Hello`` long before vLLM serves."""
+    renders: bool = True
+    """Its ``/render`` endpoints are on, as far as is known."""
     lost: asyncio.Event = field(default_factory=asyncio.Event)
     num_requests: int = 0
     num_tokens: int = 0

@@ -31,7 +31,7 @@ from vllm_dualpath.router.movers import Movers
 from vllm_dualpath.router.placing import MAX_ATTEMPTS, Placement, Placer
 from vllm_dualpath.router.relay import error_response, relay
 from vllm_dualpath.router.telemetry import Telemetry
-from vllm_dualpath.router.tokenize import ModelNames, Rejected, token_ids_of
+from vllm_dualpath.router.tokenize import ModelNames, Tokenizer
 from vllm_dualpath.router.transfer import Transfer
 from vllm_dualpath.router.upstream import JSON_HEADERS, Upstream, to_json
 from vllm_dualpath.router.usage import reported_cached_tokens
@@ -49,6 +49,7 @@ class Core:
     upstream: Upstream
     placer: Placer
     names: ModelNames
+    tokenizer: Tokenizer
     telemetry: Telemetry
 
 
@@ -83,14 +84,11 @@ class Flow:
         if body is None or reason:
             return await self._alone(reason)
         ids = await self._token_ids(body)
-        if isinstance(ids, Rejected):
-            self._outcome = "rejected"
-            return _pass_on(ids.status, ids.content_type, ids.body)
         if ids is None:
             return await self._alone("no prefill engine, another model, or no token ids")
         return await self._with_transfer(body, ids)
 
-    async def _token_ids(self, body: dict[str, Any]) -> list[int] | Rejected | None:
+    async def _token_ids(self, body: dict[str, Any]) -> list[int] | None:
         groups = self._core.cluster.pair_groups()
         engine = self._core.cluster.least_loaded_decode()
         if not groups or engine is None:
@@ -99,7 +97,7 @@ class Flow:
         if not await self._core.names.is_base(body.get("model"), engine, self._headers, now_s):
             return None
         clean = without_params(body)
-        return await token_ids_of(self._core.upstream, engine, self._path, clean, self._headers)
+        return await self._core.tokenizer.token_ids(engine, self._path, clean, self._headers)
 
     # --- with a transfer ---
 

@@ -1,8 +1,9 @@
-"""A request's token ids: given by the client, or rendered once by an engine.
+"""A request's token ids: given by the client, or made once by an engine.
 
-vLLM's ``/render`` endpoints run the very code that the request itself would run (template, tools,
-reasoning options, truncation, Harmony), which ``/tokenize`` does not; both legs then carry the ids,
-so a difference would be a wrong answer.
+Both legs carry the ids, so ids that differ from what vLLM would make of the request are a wrong
+answer. vLLM's ``/render`` endpoints run the very code of the real endpoints, but need
+``--enable-scale-out``. ``/tokenize`` is always there and knows fewer fields: what it cannot express
+goes to a decode engine alone.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from vllm_dualpath.errors import PeerLost
@@ -21,55 +21,124 @@ logger = logging.getLogger(__name__)
 
 _NAMES_FRESH_S = 30.0
 
+_NO_RENDER_STATUSES = (403, 404, 405, 501)
 
-@dataclass(frozen=True, slots=True)
-class Rejected:
-    """vLLM refused the request while rendering it; the client gets this as it is."""
+_CHAT_FIELDS = (
+    "add_generation_prompt",
+    "continue_final_message",
+    "add_special_tokens",
+    "chat_template",
+    "tools",
+)
 
-    status: int
-    content_type: str
-    body: bytes
+_OWN_CHAT_CODE = ("gpt-oss", "gpt_oss", "mistral", "mixtral", "kimi-k3")
+"""Models whose chats vLLM renders by code that ``/tokenize`` does not run."""
 
 
-async def token_ids_of(
-    upstream: Upstream,
-    engine: Engine,
-    path: str,
-    body: Mapping[str, Any],
-    headers: Mapping[str, str],
-) -> list[int] | Rejected | None:
-    """The prompt's ids; ``None`` when they cannot be had and the engine shall handle it alone."""
-    prompt = body.get("prompt")
-    if isinstance(prompt, list) and body.get("truncate_prompt_tokens") is None:
-        return prompt
-    try:
-        status, content_type, content = await upstream.fetch(
-            engine, f"{path}/render", headers, body
-        )
-    except PeerLost as exc:
-        logger.warning("rendering a prompt failed: %s", exc)
+class Tokenizer:
+    """Asks engines; remembers on the engine which endpoint it has."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self._upstream = upstream
+
+    async def token_ids(
+        self, engine: Engine, path: str, body: Mapping[str, Any], headers: Mapping[str, str]
+    ) -> list[int] | None:
+        """The prompt's ids; ``None`` when they cannot be had, or vLLM refuses the request.
+
+        In both cases the engine shall handle the request alone: its refusal is the client's answer.
+        """
+        prompt = body.get("prompt")
+        if isinstance(prompt, list) and body.get("truncate_prompt_tokens") is None:
+            return prompt
+        if engine.renders:
+            status, content = await self._post(engine, f"{path}/render", body, headers)
+            if status not in _NO_RENDER_STATUSES:
+                return rendered_ids(content) if status == 200 else None
+            engine.renders = False
+        request = tokenize_request(body, engine.hello.model)
+        if request is None:
+            return None
+        status, content = await self._post(engine, "/tokenize", request, headers)
+        return tokenized_ids(content) if status == 200 else None
+
+    async def _post(
+        self, engine: Engine, path: str, body: Mapping[str, Any], headers: Mapping[str, str]
+    ) -> tuple[int, bytes]:
+        try:
+            status, _, content = await self._upstream.fetch(engine, path, headers, body)
+        except PeerLost as exc:
+            logger.warning("%s", exc)
+            return 503, b""
+        return status, content
+
+
+def tokenize_request(body: Mapping[str, Any], model: str) -> dict[str, Any] | None:
+    """What to ask ``/tokenize``; ``None`` when it cannot say what vLLM will make of the request.
+
+    Source: ``ChatCompletionRequest.build_chat_params`` and ``TokenizeChatRequest`` of vLLM 0.32.
+    """
+    if body.get("truncate_prompt_tokens") is not None:
         return None
-    if status == 200:
-        return _ids_in(content)
-    if 400 <= status < 500 and status not in (404, 405):
-        return Rejected(status, content_type, content)
-    # An unknown model, an engine without the endpoint, or a failing one: the real endpoint knows.
-    return None
+    request = {"model": body["model"]} if "model" in body else {}
+    if "prompt" in body:
+        request["prompt"] = body["prompt"]
+        return request | _picked(body, ("add_special_tokens",))
+    own_kwargs = body.get("chat_template_kwargs") or {}
+    # A server flag decides whether tools are shown to the model when none may be called.
+    tools_unsure = body.get("tools") and body.get("tool_choice") == "none"
+    if tools_unsure or not isinstance(own_kwargs, dict):
+        return None
+    if any(name in model.lower() for name in _OWN_CHAT_CODE):
+        return None
+    kwargs = own_kwargs | _picked(body, ("documents", "reasoning_effort"))
+    effort = body.get("reasoning_effort")
+    if effort is not None and "enable_thinking" not in own_kwargs:
+        kwargs["enable_thinking"] = effort != "none"
+    request["messages"] = [_with_reasoning(message) for message in body["messages"]]
+    request |= _picked(body, _CHAT_FIELDS)
+    return request | ({"chat_template_kwargs": kwargs} if kwargs else {})
 
 
-def _ids_in(content: bytes) -> list[int] | None:
+def rendered_ids(content: bytes) -> list[int] | None:
     """Ids of the only rendered prompt; a chat's is an object, a completion's a list of one."""
     try:
         rendered = json.loads(content)
         if isinstance(rendered, list):
             (rendered,) = rendered
-        ids = rendered["token_ids"]
-        if rendered.get("features"):
-            return None
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return None if rendered.get("features") else _ids(rendered["token_ids"])
+    except (ValueError, KeyError, AttributeError):
         logger.warning("an engine's rendered prompt has an unknown form")
         return None
-    return ids if isinstance(ids, list) and all(type(token) is int for token in ids) else None
+
+
+def tokenized_ids(content: bytes) -> list[int] | None:
+    """Ids in an answer of ``/tokenize``."""
+    try:
+        return _ids(json.loads(content)["tokens"])
+    except (ValueError, KeyError, TypeError):
+        logger.warning("an engine's tokenized prompt has an unknown form")
+        return None
+
+
+def _ids(value: object) -> list[int] | None:
+    if isinstance(value, list) and value and all(type(token) is int for token in value):
+        return value
+    return None
+
+
+def _picked(body: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: body[name] for name in names if body.get(name) is not None}
+
+
+def _with_reasoning(message: Any) -> Any:
+    """Chat requests, but not ``/tokenize``, take ``reasoning_content`` for ``reasoning``."""
+    if not isinstance(message, dict) or message.get("reasoning_content") is None:
+        return message
+    renamed = {name: value for name, value in message.items() if name != "reasoning_content"}
+    if renamed.get("reasoning") is None:
+        renamed["reasoning"] = message["reasoning_content"]
+    return renamed
 
 
 class ModelNames:

@@ -1,0 +1,286 @@
+"""Two movers' transfer books in one process, every step of store and network in a test's hand."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from tests.mover.scripted import GEOMETRY, MAX_MODEL_LEN, ROOT, Prompt
+from vllm_dualpath import native
+from vllm_dualpath.config import EngineConfig
+from vllm_dualpath.control.host import host_id, process_start_ticks
+from vllm_dualpath.control.slot_table import (
+    SlotTableReader,
+    SlotTableWriter,
+    claims_bytes,
+    table_bytes,
+)
+from vllm_dualpath.errors import BlockNotFound
+from vllm_dualpath.messages import (
+    MoverMessage,
+    Peer,
+    Reserve,
+    SegmentSpec,
+    Stage,
+    TransferKey,
+    decode_notice,
+)
+from vllm_dualpath.mover.book import TransferBook
+from vllm_dualpath.mover.counters import Counters
+from vllm_dualpath.mover.loop import EventLoop
+from vllm_dualpath.mover.peers import PeerDirectory
+from vllm_dualpath.mover.ports import Ports
+from vllm_dualpath.mover.staging import SharedMemory, SlotPool
+from vllm_dualpath.mover.storage_queue import IoTask
+from vllm_dualpath.transport.base import PutArray
+from vllm_dualpath.transport.loopback import LoopbackTransport
+
+NUM_SLOTS = 8
+TABLE_ENTRIES = 4
+
+
+class StepStorage:
+    """A ``StorageQueue`` without threads: a test decides which call runs next."""
+
+    def __init__(self) -> None:
+        self.queued: list[IoTask] = []
+        self.running: list[IoTask] = []
+        self.cancelled: list[IoTask] = []
+        self._num_writes = 0
+
+    @property
+    def num_open_writes(self) -> int:
+        return self._num_writes
+
+    @property
+    def open_tasks(self) -> list[IoTask]:
+        return [*self.queued, *self.running]
+
+    def submit_read(self, task: IoTask) -> None:
+        self.queued.append(task)
+
+    def submit_write(self, task: IoTask) -> None:
+        self.queued.append(task)
+
+    def cancel(self, task: IoTask) -> None:
+        if task in self.queued:
+            self.queued.remove(task)
+            task.cancelled = True
+            self.cancelled.append(task)
+
+    def stalled_reads(self, now_s: float, deadline_s: float) -> list[IoTask]:
+        return []
+
+    def start_one(self, choice: int) -> None:
+        """A thread takes a task: from here on it cannot be cancelled."""
+        if self.queued:
+            self.running.append(self.queued.pop(choice % len(self.queued)))
+
+    def finish_one(self, choice: int) -> None:
+        """A call returns and the loop hears of it; cancelled tasks first, as they never run."""
+        if self.cancelled:
+            task = self.cancelled.pop(0)
+        elif self.running:
+            task = self.running.pop(choice % len(self.running))
+            try:
+                task.num_bytes = task.call()
+            except BlockNotFound as exc:
+                task.error = exc
+        else:
+            return
+        task.done(task)
+
+    def touches(self, address: int, num_bytes: int) -> bool:
+        """Whether an open call reads or writes this memory."""
+        return any(
+            address <= native.buffer_address(argument) < address + num_bytes
+            for task in self.open_tasks
+            for argument in task.call.args  # type: ignore[attr-defined]
+            if isinstance(argument, memoryview)
+        )
+
+
+class MemoryStore:
+    """Blocks in a dictionary, for both sides; some can be missing."""
+
+    uri = "memory:"
+
+    def __init__(self) -> None:
+        self.blocks: dict[bytes, bytes] = {}
+
+    def get(self, block_hash: bytes, payload: memoryview, *, verify: bool = True) -> int:
+        if block_hash not in self.blocks:
+            raise BlockNotFound(block_hash.hex())
+        payload[:] = self.blocks[block_hash]
+        return len(payload)
+
+    def put(self, block_hash: bytes, parent: bytes, payload: memoryview) -> int:
+        self.blocks[block_hash] = bytes(payload)
+        return len(payload)
+
+
+class CheckedTransport(LoopbackTransport):
+    """Says before each put where it goes, and shows what is under way."""
+
+    on_put: Callable[[PutArray, bytes], None]
+
+    def put(self, peer_id: int, pieces: PutArray, notice: bytes) -> int:
+        self.on_put(pieces, notice)
+        return super().put(peer_id, pieces, notice)
+
+    def deliver(self) -> None:
+        """Everything that was put so far arrives."""
+        self.resume()
+        self.pause()
+
+    def reads(self, address: int, num_bytes: int) -> bool:
+        """Whether a put under way reads this memory."""
+        return self._names(0, address, num_bytes)
+
+    def writes(self, address: int, num_bytes: int) -> bool:
+        """Whether a put under way will write this memory at the peer."""
+        return self._names(1, address, num_bytes)
+
+    def _names(self, column: int, address: int, num_bytes: int) -> bool:
+        return any(
+            address <= piece[column] < address + num_bytes
+            for batch in self._held
+            for piece in batch.pieces.tolist()
+        )
+
+
+class Side:
+    """One mover without its process: its book, memory and engine's view of the table."""
+
+    def __init__(self, role: str, loop: EventLoop, store: MemoryStore) -> None:
+        self.role = role
+        self.told: list[MoverMessage] = []
+        self.transport = CheckedTransport()
+        self.transport.on_put = self._check_put
+        self.transport.pause()
+        self.storage = StepStorage()
+        self.staging = SharedMemory("staging", NUM_SLOTS * GEOMETRY.slot_bytes)
+        self.pool = SlotPool(role, 0, NUM_SLOTS)
+        self.book = TransferBook()
+        self.other: Side
+        max_blocks = GEOMETRY.num_blocks(MAX_MODEL_LEN)
+        table = SharedMemory("table", table_bytes(TABLE_ENTRIES, max_blocks))
+        claims = SharedMemory("claims", claims_bytes(TABLE_ENTRIES))
+        self.table = SlotTableReader(table.map, claims.map, TABLE_ENTRIES, max_blocks)
+        region = self.transport.register(self.staging.address, self.staging.num_bytes)
+        self.contact = Peer(
+            engine_id=role,
+            boot_id=os.urandom(16),
+            host_id=host_id(),
+            pid=os.getpid(),
+            pid_start=process_start_ticks(os.getpid()) or 0,
+            address=self.transport.address,
+            region=region.descriptor,
+            staging_address=self.staging.address,
+            slots=(),
+        )
+        counters = Counters()
+        ports: Any = Ports(
+            engine_id=role,
+            boot_id=self.contact.boot_id,
+            contact=self.contact,
+            config=EngineConfig(role=role, store="file:///x", router="tcp://127.0.0.1:1"),  # type: ignore[arg-type]
+            geometry=GEOMETRY,
+            loop=loop,
+            staging=self.staging,
+            pool=self.pool,
+            store=store,  # type: ignore[arg-type]
+            storage=self.storage,  # type: ignore[arg-type]
+            peers=PeerDirectory(
+                self.transport, loop, host_id(), counters, self.book.notice
+            ),
+            table=SlotTableWriter(table.map, claims.map, TABLE_ENTRIES, max_blocks),
+            counters=counters,
+            tell_router=self.told.append,
+            stored=lambda _blocks: None,
+            dropped=lambda _hashes: None,
+            closed=self.book.closed,
+        )
+        self.ports: Ports = ports
+        self.book.bind(ports)
+        release = self.pool.release
+        self.pool.release = partial(self._release, release)  # type: ignore[method-assign]
+
+    def address(self, slot: int) -> int:
+        return self.staging.address + slot * GEOMETRY.slot_bytes
+
+    def _release(self, release: Callable[[Sequence[int]], None], slots: Sequence[int]) -> None:
+        """No slot is freed while anything under way reads or writes it."""
+        for slot in slots:
+            where = (self.address(slot), GEOMETRY.slot_bytes)
+            assert not self.storage.touches(*where), f"{self.role} slot {slot}: store call open"
+            assert not self.transport.reads(*where), f"{self.role} slot {slot}: own put open"
+            assert not self.other.transport.writes(*where), f"{self.role} slot {slot}: peer writes"
+        release(slots)
+
+    def _check_put(self, pieces: PutArray, notice: bytes) -> None:
+        """Each put goes to slots that this very transfer holds at the peer."""
+        key = decode_notice(notice).key
+        held = {
+            slot
+            for transfer in self.other.book.transfers
+            if transfer.key == key
+            for slot in transfer.slots
+        }
+        for piece in pieces.tolist():
+            slot = (piece[1] - self.other.staging.address) // GEOMETRY.slot_bytes
+            assert slot in held, f"{self.role} writes to slot {slot} that {key} does not hold"
+
+    def close(self) -> None:
+        self.ports.peers.close()
+
+
+class Pair:
+    """Both sides on one loop, and the messages a router would send."""
+
+    def __init__(self) -> None:
+        self.loop = EventLoop()
+        self.store = MemoryStore()
+        self.prefill = Side("prefill", self.loop, self.store)
+        self.decode = Side("decode", self.loop, self.store)
+        self.prefill.other, self.decode.other = self.decode, self.prefill
+        self.sides = (self.prefill, self.decode)
+        self._numbers = itertools.count(1)
+
+    def new_key(self) -> TransferKey:
+        return TransferKey(next(self._numbers).to_bytes(16, "big"), 0)
+
+    def reserve(self, side: Side, key: TransferKey, prompt: Prompt, peer: Peer) -> None:
+        side.book.reserve(Reserve(key, side.role, len(prompt.tokens), peer))
+
+    def stage(
+        self, side: Side, key: TransferKey, prompt: Prompt, split: int, hits: int, peer: Peer
+    ) -> None:
+        segments = [SegmentSpec("prefill", 0, split), SegmentSpec("decode", split, hits)]
+        side.book.stage(
+            Stage(
+                key=key,
+                pool=side.role,
+                num_tokens=len(prompt.tokens),
+                num_hit_blocks=hits,
+                root=ROOT,
+                block_hashes=prompt.hashes,
+                digest=prompt.digest,
+                segments=tuple(each for each in segments if each.first_block < each.last_block),
+                peer=peer,
+            )
+        )
+
+    def spin(self) -> None:
+        """Serve the events that wait, without waiting for more."""
+        for _ in range(3):
+            self.loop.call_later(0.0, lambda: None)
+            self.loop.run_once()
+
+    def close(self) -> None:
+        for side in self.sides:
+            side.close()
+        self.loop.close()

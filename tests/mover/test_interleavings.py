@@ -1,0 +1,235 @@
+"""Any order of events on two sides: no slot is freed too early, and all are free in the end.
+
+The rules play router, engines, store and network; ``rig`` checks at every release and put that
+nothing under way touches the slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import msgspec
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from tests.mover.rig import NUM_SLOTS, Pair, Side
+from tests.mover.scripted import GEOMETRY, Prompt
+from vllm_dualpath.control.slot_table import ClaimedTransfer
+from vllm_dualpath.messages import (
+    Cut,
+    CutDone,
+    Ended,
+    Peer,
+    Reserved,
+    Saved,
+    SegmentDone,
+    TransferKey,
+)
+
+ANY = st.integers(0, 7)
+MAX_SETTLE_ROUNDS = 200
+
+
+@dataclass
+class Attempt:
+    """What router and engines know of one transfer."""
+
+    key: TransferKey
+    prompt: Prompt
+    split: int
+    hits: int
+    asked: set[str] = field(default_factory=set)
+    staged: set[str] = field(default_factory=set)
+    ended: set[str] = field(default_factory=set)
+    slots: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    claims: list[tuple[str, ClaimedTransfer]] = field(default_factory=list)
+    saved: int = 0
+    done_sides: set[str] = field(default_factory=set)
+
+
+class TwoMovers(RuleBasedStateMachine):
+    """See the module's docstring."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = Pair()
+        self.attempts: list[Attempt] = []
+        self.router_lost = False
+
+    # --- router ----------------------------------------------------------------------------------
+
+    @rule(seed=ANY, split=st.integers(0, 2), hits=st.integers(0, 2), missing=ANY)
+    def begin(self, seed: int, split: int, hits: int, missing: int) -> None:
+        if len(self.attempts) >= 4:
+            return
+        prompt = Prompt(21, seed=100 * len(self.attempts) + seed)
+        for idx in range(hits):
+            if idx != missing:
+                self.pair.store.blocks[prompt.hashes[idx]] = bytes([idx]) * GEOMETRY.slot_bytes
+        attempt = Attempt(self.pair.new_key(), prompt, min(split, hits), hits)
+        self.attempts.append(attempt)
+        attempt.asked.add("decode")
+        self.pair.reserve(self.pair.decode, attempt.key, prompt, self.pair.prefill.contact)
+
+    @rule(choice=ANY)
+    def reserve_prefill(self, choice: int) -> None:
+        attempt = self._pick(choice)
+        if attempt is None or "decode" not in attempt.slots or attempt.asked >= {"prefill"}:
+            return
+        if "decode" in attempt.ended:
+            return
+        attempt.asked.add("prefill")
+        peer = self._peer("decode", attempt)
+        self.pair.reserve(self.pair.prefill, attempt.key, attempt.prompt, peer)
+
+    @rule(choice=ANY, first=st.booleans(), both=st.booleans())
+    def stage(self, choice: int, first: bool, both: bool) -> None:
+        """To both movers with nothing between; one is lost if the router dies meanwhile."""
+        attempt = self._pick(choice)
+        if attempt is None or len(attempt.slots) < 2 or attempt.staged or attempt.ended:
+            return
+        roles = ["prefill", "decode"] if first else ["decode", "prefill"]
+        for role in roles if both else roles[:1]:
+            attempt.staged.add(role)
+            other = "decode" if role == "prefill" else "prefill"
+            self.pair.stage(
+                self._side(role),
+                attempt.key,
+                attempt.prompt,
+                attempt.split,
+                attempt.hits,
+                self._peer(other, attempt),
+            )
+
+    @rule(choice=ANY, role=st.sampled_from(["prefill", "decode"]), drain=st.booleans())
+    def end(self, choice: int, role: str, drain: bool) -> None:
+        attempt = self._pick(choice)
+        if attempt is not None and role in attempt.asked:
+            attempt.ended.add(role)
+            self._side(role).book.end(attempt.key, drain)
+
+    @rule(role=st.sampled_from(["prefill", "decode"]))
+    @precondition(lambda self: not self.router_lost and len(self.attempts) >= 2)
+    def lose_router(self, role: str) -> None:
+        """One mover first; the other hears of it when everything settles."""
+        self.router_lost = True
+        self._side(role).book.router_lost()
+        for attempt in self.attempts:
+            attempt.ended.add(role)
+
+    # --- engines ---------------------------------------------------------------------------------
+
+    @rule(choice=ANY, role=st.sampled_from(["prefill", "decode"]))
+    def claim(self, choice: int, role: str) -> None:
+        attempt = self._pick(choice)
+        if attempt is not None and len(attempt.claims) < 3:
+            claimed = self._side(role).table.claim(attempt.key)
+            if claimed is not None:
+                assert claimed.slots == attempt.slots[role]
+                attempt.claims.append((role, claimed))
+
+    @rule(choice=ANY)
+    def save(self, choice: int) -> None:
+        """The next layer of all new pages, if the prefill side has claimed."""
+        attempt = self._pick(choice)
+        claimed = attempt and next((c for role, c in attempt.claims if role == "prefill"), None)
+        if attempt is None or claimed is None or attempt.saved >= GEOMETRY.num_layers:
+            return
+        first = claimed.num_hit_blocks * GEOMETRY.pages_per_block
+        saved = Saved(attempt.key, attempt.saved, first, attempt.prompt.num_pages)
+        attempt.saved += 1
+        self.pair.prefill.book.saved(saved)
+
+    @rule(choice=ANY)
+    def release(self, choice: int) -> None:
+        attempt = self._pick(choice)
+        if attempt is not None and attempt.claims:
+            role, _ = attempt.claims.pop(0)
+            self._side(role).book.release(attempt.key)
+
+    # --- store and network -----------------------------------------------------------------------
+
+    @rule(role=st.sampled_from(["prefill", "decode"]), choice=ANY)
+    def start_store_call(self, role: str, choice: int) -> None:
+        self._side(role).storage.start_one(choice)
+
+    @rule(role=st.sampled_from(["prefill", "decode"]), choice=ANY)
+    def finish_store_call(self, role: str, choice: int) -> None:
+        self._side(role).storage.finish_one(choice)
+
+    @rule(role=st.sampled_from(["prefill", "decode"]))
+    def deliver(self, role: str) -> None:
+        self._side(role).transport.deliver()
+        self.pair.spin()
+
+    # --- checks ----------------------------------------------------------------------------------
+
+    @invariant()
+    def hear(self) -> None:
+        """Act on what the movers said, as the router does."""
+        for side in self.pair.sides:
+            while side.told:
+                message = side.told.pop(0)
+                key = getattr(message, "key", None)
+                attempt = next((each for each in self.attempts if each.key == key), None)
+                if attempt is None:
+                    continue
+                if isinstance(message, Reserved):
+                    attempt.slots[side.role] = message.slots
+                elif isinstance(message, Ended):
+                    attempt.done_sides.add(side.role)
+                elif isinstance(message, SegmentDone) and message.good_until < min(
+                    message.last_block, attempt.hits
+                ):
+                    attempt.hits = message.good_until
+                    self.pair.decode.book.cut(key, attempt.hits)
+                elif isinstance(message, CutDone) and side is self.pair.decode:
+                    cut = Cut(message.key, message.num_hit_blocks)
+                    self.pair.prefill.book.cut(cut.key, cut.num_hit_blocks)
+
+    def teardown(self) -> None:
+        """Everything ends and every claim is released: then every slot is free."""
+        for role in ("prefill", "decode"):
+            for attempt in self.attempts:
+                if role not in attempt.ended and role in attempt.asked:
+                    self._side(role).book.end(attempt.key, False)
+        if self.router_lost:
+            for side in self.pair.sides:
+                side.book.router_lost()
+        for attempt in self.attempts:
+            while attempt.claims:
+                role, _ = attempt.claims.pop()
+                self._side(role).book.release(attempt.key)
+        for _ in range(MAX_SETTLE_ROUNDS):
+            if self._settled():
+                break
+            self._step()
+        problem = [t.describe() for side in self.pair.sides for t in side.book.transfers]
+        free = [side.pool.num_free for side in self.pair.sides]
+        self.pair.close()
+        assert free == [NUM_SLOTS, NUM_SLOTS], problem
+
+    def _settled(self) -> bool:
+        return all(side.pool.num_free == NUM_SLOTS for side in self.pair.sides)
+
+    def _step(self) -> None:
+        for side in self.pair.sides:
+            side.storage.start_one(0)
+            side.storage.finish_one(0)
+            side.transport.deliver()
+        self.pair.spin()
+        self.hear()
+
+    def _pick(self, choice: int) -> Attempt | None:
+        return self.attempts[choice % len(self.attempts)] if self.attempts else None
+
+    def _side(self, role: str) -> Side:
+        return self.pair.prefill if role == "prefill" else self.pair.decode
+
+    def _peer(self, role: str, attempt: Attempt) -> Peer:
+        return msgspec.structs.replace(self._side(role).contact, slots=attempt.slots[role])
+
+
+TwoMovers.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestTwoMovers = TwoMovers.TestCase
