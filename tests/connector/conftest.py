@@ -27,5 +27,5 @@ def engine(tmp_path: Path) -> Iterator[Callable[..., Engine]]:
 
 @pytest.fixture(params=[False, True], ids=["sync", "async"])
 def is_async(request: pytest.FixtureRequest) -> bool:
-    """vLLM's two schedulers."""
+    """VLLM's two schedulers."""
     return bool(request.param)

@@ -1,8 +1,8 @@
 """vLLM's own schedulers and our connector's both sides, around a model that is a checksum.
 
 The "KV" of a token is a rolling hash of the whole prefix, written into real tensors. Before a step
-"computes" a token it checks the KV of every token before it, as attention would read it: a page that is
-stale, foreign or not there yet fails the test at once.
+"computes" a token it checks the KV of every token before it, as attention would read it: a page
+that is stale, foreign or not there yet fails the test at once.
 """
 
 from __future__ import annotations

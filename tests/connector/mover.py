@@ -1,4 +1,6 @@
-"""A scripted mover: a real Unix socket, real shared memory, and no behaviour but what a test asks for."""
+"""A scripted mover: a real Unix socket, real shared memory, and no behaviour but what a test asks
+for.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,8 @@ class ScriptedMover:
         self._thread = threading.Thread(target=self._serve, name="scripted-mover")
         self._thread.start()
 
-    # --- what a test does with it ------------------------------------------------------------------
+    # --- what a test does with it
+    # ------------------------------------------------------------------
 
     def publish(
         self,
@@ -131,7 +134,8 @@ class ScriptedMover:
             os.close(fd)
         os.close(self._wake)
 
-    # --- its thread --------------------------------------------------------------------------------
+    # --- its thread
+    # --------------------------------------------------------------------------------
 
     def _of(self, message_type: type) -> list:
         return [m for _, m in self.received if isinstance(m, message_type)]

@@ -62,7 +62,7 @@ def test_prompt_is_loaded_and_only_one_token_computed(engine, is_async):
 def test_local_prefix_shortens_the_load(engine, num_known):
     """Pages in the prefix cache are not overwritten."""
     e = engine("decode", persist=False)
-    e.add("warm", PROMPT[:num_known] + [80], 1)
+    e.add("warm", [*PROMPT[:num_known], 80], 1)
     e.run()
     params = publish(e)
     for page in range(num_known // 4):  # not needed: may hold anything
@@ -74,7 +74,7 @@ def test_local_prefix_shortens_the_load(engine, num_known):
 
 
 def test_two_requests_of_one_transfer(engine, is_async):
-    """n = 2: two claims of one key, two releases."""
+    """N = 2: two claims of one key, two releases."""
     e = engine("decode", is_async=is_async)
     params = publish(e)
     e.add("0_r", PROMPT, 3, params)
@@ -164,7 +164,9 @@ def test_digest_mismatch_computes_alone(engine):
 
 
 def test_rejection_notice_releases_nothing(engine):
-    """vLLM's notice (one token, same parameters) neither claims nor releases, however often it comes."""
+    """VLLM's notice (one token, same parameters) neither claims nor releases, however often it
+    comes.
+    """
     e = engine("decode")
     params = {**publish(e), "do_remote_prefill": True}
     e.add("r", PROMPT, 4, params)
@@ -206,7 +208,9 @@ def test_blocks_without_a_transfer_are_stored(engine, is_async):
 
 
 def test_single_step_request_is_stored_at_its_end(engine, is_async):
-    """With one token to generate there is no later step: the blocks are copied while vLLM holds them."""
+    """With one token to generate there is no later step: the blocks are copied while vLLM holds
+    them.
+    """
     e = engine("decode", is_async=is_async)
     e.add("r", PROMPT[:26], 1)
     e.run()
@@ -257,7 +261,9 @@ def test_a_prefix_is_stored_once(engine):
 
 
 def test_preempted_request_stores_only_what_is_computed(engine, is_async):
-    """Preempted and resumed at every point of its life, a request stores right blocks, each once."""
+    """Preempted and resumed at every point of its life, a request stores right blocks, each
+    once.
+    """
     for preempt_after in range(1, 7):
         e = engine("decode", is_async=is_async, persist=False)
         slots = tuple(range(30, 40))

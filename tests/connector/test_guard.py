@@ -97,7 +97,7 @@ def test_completions_are_reported_once_and_only_when_vllm_waits():
     """Unknown ids, early ids and repeats, each of which ends vLLM, are held back."""
     side = Answering(None)
     worker = GuardedWorker(side)
-    side.bind = lambda step: None
+    side.bind = lambda _step: None
     step = DualPathMetadata(delayed_frees={"s"}, failed_loads=[("r", (1,))])
     worker.bind(step)
     side.answer = ({"s", "x"}, {"r", "y"}, {"r", "z"})
@@ -111,7 +111,7 @@ def test_completions_are_reported_once_and_only_when_vllm_waits():
 @pytest.mark.parametrize("role", ["prefill", "decode", "both"])
 @pytest.mark.parametrize("hook", ["add_saves", "add_persists", "update", "matched", "finished"])
 def test_engine_lives_with_a_broken_scheduler_hook(engine, monkeypatch, role, hook):
-    """vLLM's scheduler goes on, requests end, whichever of our hooks raises."""
+    """VLLM's scheduler goes on, requests end, whichever of our hooks raises."""
     e = engine(role)
 
     def broken(*_args):

@@ -13,7 +13,7 @@ SLOTS = [7, 3, 9, 1, 12, 5]
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_zero_allocation_releases(engine, role, monkeypatch):
-    """vLLM takes another child's hit and tells us 0: the claim is released, nothing is copied."""
+    """VLLM takes another child's hit and tells us 0: the claim is released, nothing is copied."""
     e = engine(role)
     e.stage(PROMPT, SLOTS, len(PROMPT))
     params = e.mover.publish(e.root, PROMPT, 2, SLOTS)

@@ -59,7 +59,9 @@ def copy(first_page: int, blocks: tuple[int, ...], slots: tuple[int, ...]) -> Pa
 @pytest.mark.parametrize("layout", ["LBHNC", "LBNHC", "BLHNC"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
 def test_save_and_load_move_whole_pages(layout, dtype):
-    """Pages saved from some blocks and loaded into others are equal, and nothing else is touched."""
+    """Pages saved from some blocks and loaded into others are equal, and nothing else is
+    touched.
+    """
     layers = caches(layout, dtype)
     for layer, cache in enumerate(layers):
         values = torch.arange(cache.numel()).reshape(cache.shape) % 97 + layer
@@ -98,7 +100,7 @@ def test_pages_lie_in_slots_as_the_format_says():
 
 
 def test_kernel_blocks_inside_a_page():
-    """vLLM may split its blocks for a kernel: a page is then several of the cache's rows."""
+    """VLLM may split its blocks for a kernel: a page is then several of the cache's rows."""
     cache = torch.arange(2 * BLOCKS * HEADS * 2 * CONTENT).reshape(2 * BLOCKS, HEADS, 2, CONTENT)
     paged = PagedCaches([cache], BLOCKS, [HEADS * 4 * CONTENT * 8])
     assert paged.pages_split == 2

@@ -27,7 +27,9 @@ def failures(e) -> dict:
 
 @pytest.mark.parametrize("num_hits", [0, 1, 2, 5])
 def test_hit_is_loaded_and_the_rest_saved_once(engine, is_async, num_hits):
-    """Hit blocks are copied in, all later pages are saved exactly once, and the claim is released."""
+    """Hit blocks are copied in, all later pages are saved exactly once, and the claim is
+    released.
+    """
     e = engine("prefill", is_async=is_async)
     params = publish(e, num_hits)
     e.add("r", PROMPT, 1, params)
@@ -39,7 +41,9 @@ def test_hit_is_loaded_and_the_rest_saved_once(engine, is_async, num_hits):
 
 
 def test_chunked_prefill_saves_each_page_once(engine, is_async):
-    """However the prompt is cut into steps, every page is saved once, partial pages only at the end."""
+    """However the prompt is cut into steps, every page is saved once, partial pages only at the
+    end.
+    """
     e = engine("prefill", is_async=is_async, max_num_batched_tokens=9)
     params = publish(e, 1)
     e.add("r", PROMPT, 1, params)
@@ -52,9 +56,11 @@ def test_chunked_prefill_saves_each_page_once(engine, is_async):
 
 @pytest.mark.parametrize("num_known", [8, 24, 40], ids=["shorter", "longer", "nearly-all"])
 def test_local_prefix_cache_and_hit(engine, is_async, num_known):
-    """A local hit shorter than ours shortens the load; a longer one is saved from the cache at once."""
+    """A local hit shorter than ours shortens the load; a longer one is saved from the cache at
+    once.
+    """
     e = engine("prefill", is_async=is_async)
-    e.add("warm", PROMPT[:num_known] + [80], 1)
+    e.add("warm", [*PROMPT[:num_known], 80], 1)
     e.run()
     params = publish(e, 2)
     e.add("r", PROMPT, 1, params)
@@ -78,7 +84,9 @@ def test_two_requests_of_one_transfer(engine):
 
 
 def test_preemption_loads_nothing_twice_and_saves_nothing_twice(engine, is_async):
-    """After a preemption the prompt is computed again without a load; saved pages are not saved again."""
+    """After a preemption the prompt is computed again without a load; saved pages are not saved
+    again.
+    """
     e = engine("prefill", is_async=is_async, max_num_batched_tokens=20)
     params = publish(e, 1)
     e.add("r", PROMPT, 1, params)
@@ -160,7 +168,9 @@ def test_second_ask_before_allocation_answers_again(engine):
     ],
 )
 def test_mismatch_is_no_hit_and_no_save(engine, reason, changes):
-    """Another prompt, length or mover than the plan's: computed alone, counted, released if claimed."""
+    """Another prompt, length or mover than the plan's: computed alone, counted, released if
+    claimed.
+    """
     e = engine("prefill")
     params = publish(e, 2, **changes)
     e.add("r", PROMPT, 1, params)
@@ -262,7 +272,9 @@ def test_cache_salt_is_part_of_the_root(engine):
 
 
 def test_blocks_held_until_copies_end(engine, is_async):
-    """Where copies linger (a GPU), vLLM holds a finished request's blocks until the worker reports it."""
+    """Where copies linger (a GPU), vLLM holds a finished request's blocks until the worker reports
+    it.
+    """
     e = engine("prefill", is_async=is_async)
     e.side.copies_linger = True
     params = publish(e, 1)

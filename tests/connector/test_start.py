@@ -40,7 +40,8 @@ def setup(config) -> EngineSetup:
     return EngineSetup.make(config, make_cache_config(32))
 
 
-# --- plugin ----------------------------------------------------------------------------------------
+# --- plugin
+# ----------------------------------------------------------------------------------------
 
 
 def test_registers_once_and_again(monkeypatch):
@@ -86,7 +87,9 @@ def test_unsupported_vllm_is_logged_not_raised(monkeypatch, caplog):
     ],
 )
 def test_engine_url_from_the_command_line(monkeypatch, argv, url):
-    """The API server's address is noted for the processes it starts; other programs note nothing."""
+    """The API server's address is noted for the processes it starts; other programs note
+    nothing.
+    """
     monkeypatch.delenv(plugin.URL_VARIABLE, raising=False)
     plugin.note_engine_url(argv)
     import os
@@ -94,7 +97,8 @@ def test_engine_url_from_the_command_line(monkeypatch, argv, url):
     assert os.environ.pop(plugin.URL_VARIABLE, None) == url
 
 
-# --- configuration -----------------------------------------------------------------------------------
+# --- configuration
+# -----------------------------------------------------------------------------------
 
 
 def test_both_sides_agree(make_config):
@@ -138,7 +142,7 @@ def test_unknown_key_is_named(make_config):
 
 
 def test_errors_leave_the_constructor(make_config):
-    """vLLM shows the user what the constructor raises, on either side."""
+    """VLLM shows the user what the constructor raises, on either side."""
     config = make_config(block_tokens=10)
     for role in KVConnectorRole:
         with pytest.raises(ConfigError):
@@ -151,7 +155,8 @@ def test_only_prefill_needs_piecewise_graphs():
     assert [needs({"role": role}) for role in ("prefill", "decode", "both")] == [True, False, False]
 
 
-# --- what is not covered -------------------------------------------------------------------------------
+# --- what is not covered
+# -------------------------------------------------------------------------------
 
 
 def _set(path: str, value: object):
@@ -205,7 +210,8 @@ def test_several_groups_and_other_attention_are_refused(make_config):
         check_supported(make_config(), cache)
 
 
-# --- identity ------------------------------------------------------------------------------------------
+# --- identity
+# ------------------------------------------------------------------------------------------
 
 
 def test_random_weights_need_a_name(make_config):
@@ -275,5 +281,5 @@ def test_a_model_without_weight_files_needs_a_name(make_config):
     """No files, no identity."""
     config = make_config(model_id=None)
     config.load_config.load_format = "auto"
-    with pytest.raises(ConfigError, match="found none; set kv_connector_extra_config.model_id"):
+    with pytest.raises(ConfigError, match=r"found none; set kv_connector_extra_config\.model_id"):
         setup(config)

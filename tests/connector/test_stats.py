@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -51,10 +52,7 @@ def test_prometheus_series(engine):
     """Every row of the table is exported under its name, with its labels and the engine's."""
     e = engine("both")
     registry = CollectorRegistry()
-    types = {
-        cls: (lambda cls: lambda **kw: cls(registry=registry, **kw))(cls)
-        for cls in (Counter, Gauge, Histogram)
-    }
+    types = {cls: functools.partial(cls, registry=registry) for cls in (Counter, Gauge, Histogram)}
     made = DualPathConnector.build_prom_metrics(e.config, types, ["engine"], {0: ["0"]})
     recorder = Recorder()
     recorder.count(metrics.HIT_TOKENS, 64)

@@ -56,7 +56,9 @@ def test_good_blocks_are_loaded_and_the_rest_computed(engine, is_async, num_good
 
 
 def test_block_aligned_prompt_computes_one_token(engine):
-    """Every block of the prompt is stored: the last one is not asked for, one token must be computed."""
+    """Every block of the prompt is stored: the last one is not asked for, one token must be
+    computed.
+    """
     e = engine("both")
     hashes = index(e, PROMPT[:40])
     e.add("r", PROMPT[:40], 3)
@@ -68,7 +70,9 @@ def test_block_aligned_prompt_computes_one_token(engine):
 
 @pytest.mark.parametrize(("num_known", "first_block"), [(4, 0), (8, 1), (12, 1), (20, 2)])
 def test_local_prefix_shortens_the_load(engine, num_known, first_block):
-    """Only blocks beyond the local prefix are read; one that is half there is read and half copied."""
+    """Only blocks beyond the local prefix are read; one that is half there is read and half
+    copied.
+    """
     e = engine("both", persist=False)
     e.add("warm", [*PROMPT[:num_known], 80], 1)
     e.run()
@@ -140,7 +144,7 @@ def test_nonsense_answers(engine, message):
 @pytest.mark.parametrize("steps", [0, 1, 2])
 @pytest.mark.parametrize("num_good", [0, 5])
 def test_abort_while_loading(engine, is_async, steps, num_good):
-    """vLLM waits for the load of an aborted request; it is reported once, good or bad."""
+    """VLLM waits for the load of an aborted request; it is reported once, good or bad."""
     e = engine("both", is_async=is_async)
     index(e)
     e.add("r", PROMPT, 4)

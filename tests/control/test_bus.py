@@ -35,7 +35,7 @@ def send(mover: MoverSocket, payload: bytes) -> None:
 
 
 def test_both_ways(tmp_path: Path) -> None:
-    """Messages arrive whole, in order, under the mover's identity; frames of another shape as b''."""
+    """Messages arrive whole, in order, under the mover's identity; odd frames as b''."""
     with CurveRouter(None) as router:
         mover = MoverSocket(router.endpoint, b"m" * 16, None)
         payloads = [b"a", b"", os.urandom(3 << 20)]

@@ -177,7 +177,7 @@ def test_link(tmp_path: Path) -> None:
     def serve() -> None:
         peer = listener.accept()
         peers.append(peer)
-        peer.send(attached() )
+        peer.send(attached())
         peer.send(encode(PersistSlots((1, 2))))
 
     server = threading.Thread(target=serve)

@@ -15,7 +15,7 @@ from vllm_dualpath.errors import ConfigError
 
 
 def test_own_process() -> None:
-    """This process is alive under its start time and under no other."""
+    """The own process is alive under its start time and under no other."""
     start = process_start_ticks(os.getpid())
     assert start is not None
     assert process_alive(os.getpid(), start)

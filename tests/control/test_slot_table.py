@@ -202,7 +202,9 @@ def test_claims_race_with_retiring(shared_fds: tuple[int, int]) -> None:
     stop, results = context.Event(), context.Queue()
     child = context.Process(target=hammer, args=(shared_fds, stop, results))
     child.start()
-    writer = SlotTableWriter(mmap.mmap(shared_fds[0], 0), mmap.mmap(shared_fds[1], 0), 2, MAX_BLOCKS)
+    writer = SlotTableWriter(
+        mmap.mmap(shared_fds[0], 0), mmap.mmap(shared_fds[1], 0), 2, MAX_BLOCKS
+    )
     claims_seen = dict.fromkeys(range(8), 0)
     deadline = time.monotonic() + 1.5
     round_number = 0

@@ -115,7 +115,9 @@ def small_cache_running(
                 *NO_PREFIX_CACHING,
                 *("--distributed-executor-backend", "mp"),
                 *("--num-gpu-blocks-override", "40"),
+                # Prompts are admitted before there is room for all of them, and advance together.
                 "--no-scheduler-reserve-full-isl",
+                *("--long-prefill-token-threshold", "64"),
             ),
         )
     with deployment:

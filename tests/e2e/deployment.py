@@ -21,7 +21,7 @@ from .models import COMMON_ARGS, block_file_bytes
 
 DRAIN_S = 10.0
 
-_START_S = 180.0
+_START_S = 300.0
 _POLL_S = 0.05
 _HEARTBEAT_S = 1.0
 _STAGING_BYTES = 64 << 20

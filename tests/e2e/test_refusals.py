@@ -13,7 +13,7 @@ from vllm_dualpath.bench.vllm_command import free_ports, server_command, server_
 from .deployment import wait_until
 from .models import COMMON_ARGS
 
-_START_S = 150.0
+_START_S = 300.0
 
 # By name: the transfer config, our own config, and what the message must say.
 _REFUSED: Mapping[str, tuple[dict[str, object], dict[str, object], tuple[str, ...]]] = {

@@ -17,14 +17,13 @@ import numpy as np
 import zmq
 
 from vllm_dualpath.blocks import Geometry, chain_hashes, chain_root, prompt_digest
-from vllm_dualpath.control.host import process_start_ticks
 from vllm_dualpath.control.link import EngineLink
 from vllm_dualpath.control.slot_table import ClaimedTransfer, SlotTableReader
 from vllm_dualpath.messages import (
     PROTOCOL_VERSION,
     End,
+    Ended,
     GeometrySpec,
-    Goodbye,
     Hello,
     Load,
     LocalMessage,
@@ -281,7 +280,7 @@ class MoverProcess:
         return self.engine.attached.boot_id
 
     def peer(self, slots: tuple[int, ...] = ()) -> Peer:
-        """This mover as the router describes it to another."""
+        """The mover as the router describes it to another."""
         assert self.hello is not None
         return Peer(
             engine_id=self.engine_id,
@@ -384,9 +383,9 @@ class ScriptedRouter:
                 if isinstance(message, kind) and mine:
                     waiting.remove(message)
                     return message
-                if isinstance(message, TransferFailed) and mine and key is not None:
-                    if kind.__name__ != "Ended":
-                        raise AssertionError(f"{mover.engine_id}: {message}")
+                failed = isinstance(message, TransferFailed) and mine and key is not None
+                if failed and kind is not Ended:
+                    raise AssertionError(f"{mover.engine_id}: {message}")
             if time.monotonic() > deadline:
                 raise AssertionError(
                     f"timed out: {kind.__name__} from {mover.engine_id}, there is {waiting}"

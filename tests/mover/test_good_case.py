@@ -11,7 +11,9 @@ from vllm_dualpath.storage.directio import aligned_buffer
 
 
 @pytest.mark.parametrize(
-    ("split", "num_hits"), [(3, 3), (0, 3), (1, 3), (0, 0)], ids=["prefill", "decode", "split", "none"]
+    ("split", "num_hits"),
+    [(3, 3), (0, 3), (1, 3), (0, 0)],
+    ids=["prefill", "decode", "split", "none"],
 )
 def test_plans(cluster: Cluster, split: int, num_hits: int) -> None:
     """Whoever reads the hits, both engines get every byte, and nothing stays in use."""
@@ -42,8 +44,9 @@ def test_new_blocks_are_stored(cluster: Cluster) -> None:
     for block_hash in transfer.prompt.hashes:
         buffer = aligned_buffer(GEOMETRY.slot_bytes)
         store.get(block_hash, buffer)
-        assert bytes(buffer)[: GEOMETRY.payload_bytes] == (
-            block_payload(block_hash)[: GEOMETRY.payload_bytes]
+        assert (
+            bytes(buffer)[: GEOMETRY.payload_bytes]
+            == (block_payload(block_hash)[: GEOMETRY.payload_bytes])
         )
     store.close()
     cluster.finish(transfer)

@@ -28,6 +28,10 @@ from vllm_dualpath.messages import (
 )
 
 ANY = st.integers(0, 7)
+ROLES = st.sampled_from(["prefill", "decode"])
+STAGE_ORDERS = (
+    [("prefill", "decode")] * 3 + [("decode", "prefill")] * 3 + [("prefill",), ("decode",)]
+)
 MAX_SETTLE_ROUNDS = 200
 
 
@@ -61,7 +65,7 @@ class TwoMovers(RuleBasedStateMachine):
 
     @rule(seed=ANY, split=st.integers(0, 2), hits=st.integers(0, 2), missing=ANY)
     def begin(self, seed: int, split: int, hits: int, missing: int) -> None:
-        if len(self.attempts) >= 4:
+        if len(self.attempts) >= 3:
             return
         prompt = Prompt(21, seed=100 * len(self.attempts) + seed)
         for idx in range(hits):
@@ -72,44 +76,43 @@ class TwoMovers(RuleBasedStateMachine):
         attempt.asked.add("decode")
         self.pair.reserve(self.pair.decode, attempt.key, prompt, self.pair.prefill.contact)
 
-    @rule(choice=ANY)
-    def reserve_prefill(self, choice: int) -> None:
-        attempt = self._pick(choice)
-        if attempt is None or "decode" not in attempt.slots or attempt.asked >= {"prefill"}:
-            return
-        if "decode" in attempt.ended:
-            return
-        attempt.asked.add("prefill")
-        peer = self._peer("decode", attempt)
-        self.pair.reserve(self.pair.prefill, attempt.key, attempt.prompt, peer)
+    @rule(choice=ANY, roles=st.sampled_from(STAGE_ORDERS))
+    def go_on(self, choice: int, roles: tuple[str, ...]) -> None:
+        """The router's next step: reserve at the prefill side, then ``Stage`` to both.
 
-    @rule(choice=ANY, first=st.booleans(), both=st.booleans())
-    def stage(self, choice: int, first: bool, both: bool) -> None:
-        """To both movers with nothing between; one is lost if the router dies meanwhile."""
+        One ``Stage`` is lost if the router dies meanwhile.
+        """
         attempt = self._pick(choice)
-        if attempt is None or len(attempt.slots) < 2 or attempt.staged or attempt.ended:
+        if attempt is None or attempt.ended or attempt.staged or "decode" not in attempt.slots:
             return
-        roles = ["prefill", "decode"] if first else ["decode", "prefill"]
-        for role in roles if both else roles[:1]:
-            attempt.staged.add(role)
-            other = "decode" if role == "prefill" else "prefill"
-            self.pair.stage(
-                self._side(role),
-                attempt.key,
-                attempt.prompt,
-                attempt.split,
-                attempt.hits,
-                self._peer(other, attempt),
-            )
+        if "prefill" not in attempt.asked:
+            attempt.asked.add("prefill")
+            peer = self._peer("decode", attempt)
+            self.pair.reserve(self.pair.prefill, attempt.key, attempt.prompt, peer)
+        elif "prefill" in attempt.slots:
+            for role in roles:
+                self._stage(role, attempt)
 
-    @rule(choice=ANY, role=st.sampled_from(["prefill", "decode"]), drain=st.booleans())
+    def _stage(self, role: str, attempt: Attempt) -> None:
+        attempt.staged.add(role)
+        other = "decode" if role == "prefill" else "prefill"
+        self.pair.stage(
+            self._side(role),
+            attempt.key,
+            attempt.prompt,
+            attempt.split,
+            attempt.hits,
+            self._peer(other, attempt),
+        )
+
+    @rule(choice=ANY, role=ROLES, drain=st.booleans())
     def end(self, choice: int, role: str, drain: bool) -> None:
         attempt = self._pick(choice)
         if attempt is not None and role in attempt.asked:
             attempt.ended.add(role)
             self._side(role).book.end(attempt.key, drain)
 
-    @rule(role=st.sampled_from(["prefill", "decode"]))
+    @rule(role=ROLES)
     @precondition(lambda self: not self.router_lost and len(self.attempts) >= 2)
     def lose_router(self, role: str) -> None:
         """One mover first; the other hears of it when everything settles."""
@@ -120,7 +123,7 @@ class TwoMovers(RuleBasedStateMachine):
 
     # --- engines ---------------------------------------------------------------------------------
 
-    @rule(choice=ANY, role=st.sampled_from(["prefill", "decode"]))
+    @rule(choice=ANY, role=ROLES)
     def claim(self, choice: int, role: str) -> None:
         attempt = self._pick(choice)
         if attempt is not None and len(attempt.claims) < 3:
@@ -129,17 +132,18 @@ class TwoMovers(RuleBasedStateMachine):
                 assert claimed.slots == attempt.slots[role]
                 attempt.claims.append((role, claimed))
 
-    @rule(choice=ANY)
-    def save(self, choice: int) -> None:
-        """The next layer of all new pages, if the prefill side has claimed."""
+    @rule(choice=ANY, num_layers=st.integers(1, 3))
+    def save(self, choice: int, num_layers: int) -> None:
+        """The next layers of all new pages, if the prefill side has claimed."""
         attempt = self._pick(choice)
         claimed = attempt and next((c for role, c in attempt.claims if role == "prefill"), None)
-        if attempt is None or claimed is None or attempt.saved >= GEOMETRY.num_layers:
+        if attempt is None or claimed is None:
             return
         first = claimed.num_hit_blocks * GEOMETRY.pages_per_block
-        saved = Saved(attempt.key, attempt.saved, first, attempt.prompt.num_pages)
-        attempt.saved += 1
-        self.pair.prefill.book.saved(saved)
+        for layer in range(attempt.saved, min(attempt.saved + num_layers, GEOMETRY.num_layers)):
+            saved = Saved(attempt.key, layer, first, attempt.prompt.num_pages)
+            attempt.saved += 1
+            self.pair.prefill.book.saved(saved)
 
     @rule(choice=ANY)
     def release(self, choice: int) -> None:
@@ -150,15 +154,15 @@ class TwoMovers(RuleBasedStateMachine):
 
     # --- store and network -----------------------------------------------------------------------
 
-    @rule(role=st.sampled_from(["prefill", "decode"]), choice=ANY)
-    def start_store_call(self, role: str, choice: int) -> None:
-        self._side(role).storage.start_one(choice)
+    @rule(role=ROLES, choice=ANY, num_started=st.integers(0, 3), num_finished=st.integers(0, 3))
+    def store_calls(self, role: str, choice: int, num_started: int, num_finished: int) -> None:
+        """Threads take calls, and calls return, in any order."""
+        for _ in range(num_started):
+            self._side(role).storage.start_one(choice)
+        for _ in range(num_finished):
+            self._side(role).storage.finish_one(choice)
 
-    @rule(role=st.sampled_from(["prefill", "decode"]), choice=ANY)
-    def finish_store_call(self, role: str, choice: int) -> None:
-        self._side(role).storage.finish_one(choice)
-
-    @rule(role=st.sampled_from(["prefill", "decode"]))
+    @rule(role=ROLES)
     def deliver(self, role: str) -> None:
         self._side(role).transport.deliver()
         self.pair.spin()
@@ -231,5 +235,5 @@ class TwoMovers(RuleBasedStateMachine):
         return msgspec.structs.replace(self._side(role).contact, slots=attempt.slots[role])
 
 
-TwoMovers.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TwoMovers.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestTwoMovers = TwoMovers.TestCase

@@ -22,7 +22,14 @@ from tests.mover.scripted import (
     wait_for,
 )
 from vllm_dualpath.index.shared import SharedIndexReader
-from vllm_dualpath.messages import LocalLoad, LocalLoadDone, LocalLoaded, LocalStats, Persist, PersistSlots
+from vllm_dualpath.messages import (
+    LocalLoad,
+    LocalLoadDone,
+    LocalLoaded,
+    LocalStats,
+    Persist,
+    PersistSlots,
+)
 
 QUOTA_BLOCKS = 6
 FILE_BYTES = GEOMETRY.slot_bytes + 4096

@@ -1,4 +1,4 @@
-"""A mover whose peer is killed or stopped: failures are told, slots wait for proof, then are free."""
+"""A mover whose peer is killed or stopped: slots wait for proof, then are free."""
 
 from __future__ import annotations
 
@@ -98,9 +98,7 @@ def test_peer_that_left(cluster: Cluster) -> None:
     """A peer out of the cluster but alive: the transfer fails, and its word still counts."""
     run = Run(cluster)
     run.ready()
-    cluster.router.send(
-        cluster.prefill, PeerDied(cluster.decode.engine_id, cluster.decode.boot_id)
-    )
+    cluster.router.send(cluster.prefill, PeerDied(cluster.decode.engine_id, cluster.decode.boot_id))
     failed = cluster.router.expect(cluster.prefill, TransferFailed)
     assert (failed.key, failed.reason) == (run.transfer.key, "peer_lost")
     run.end(drain=False)

@@ -1,4 +1,4 @@
-"""A mover whose router goes silent, is replaced, or vanishes ends that router's transfers itself."""
+"""A mover whose router goes silent, is replaced or vanishes ends its transfers itself."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_same_router_again(cluster: Cluster) -> None:
 
 
 def test_messages_of_the_old_router(cluster: Cluster) -> None:
-    """After a replacement the old transfers are unknown: ``End`` is confirmed, ``Stage`` refused."""
+    """The old router's transfers are unknown: ``End`` is confirmed, ``Stage`` refused."""
     run = Run(cluster)
     run.reserved()
     _replace_router(cluster)

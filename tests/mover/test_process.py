@@ -230,9 +230,7 @@ def test_garbage_before_attach(cluster: Cluster, payload: bytes) -> None:
 
 def test_second_worker_is_refused(cluster: Cluster) -> None:
     """A second worker side gets no memory; the first keeps its connection."""
-    second = EngineLink(
-        cluster.decode.socket_path, "worker", lambda _: None, lambda _: None
-    )
+    second = EngineLink(cluster.decode.socket_path, "worker", lambda _: None, lambda _: None)
     with pytest.raises(DualPathError):
         second.connect(WAIT_S)
     assert cluster.decode.engine.worker.is_open
@@ -243,7 +241,7 @@ def test_second_worker_is_refused(cluster: Cluster) -> None:
 
 
 def test_end_with_the_engine(cluster: Cluster) -> None:
-    """When the engine closes its socket, the mover finishes its stores, says goodbye and exits 0."""
+    """When the engine closes its socket, the mover finishes its stores and exits 0."""
     run = Run(cluster)
     run.decode_claimed()
     mover = cluster.decode
@@ -311,4 +309,3 @@ def test_keys(tmp_path: Path, store_dir: Path) -> None:
         assert identity == mover.boot_id
         mover.close()
         assert mover.process.returncode == 0
-

@@ -29,7 +29,9 @@ _JOIN_S = 15.0
 
 
 class Attachment(Protocol):
-    """What a side does with its connections. Called from the attach thread, but for ``received``."""
+    """What a side does with its connections. Called from the attach thread, but for
+    ``received``.
+    """
 
     def prepare(self) -> None:
         """Before each try to connect: let go of the last mover, start one. May raise."""

@@ -82,7 +82,8 @@ class HostCopies:
 class CudaCopies:
     """Copies by kernels that reach registered host memory over the bus, on one stream of our own.
 
-    One stream for both directions also orders a load into a page behind the save that still reads it.
+    One stream for both directions also orders a load into a page behind the save that still reads
+    it.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -41,7 +41,9 @@ if TYPE_CHECKING:
 
 
 class DualPathConnector(KVConnectorBase_V1):
-    """Loads stored KV through the node's mover, and stores new KV. Raises ``ConfigError`` at start."""
+    """Loads stored KV through the node's mover, and stores new KV. Raises ``ConfigError`` at
+    start.
+    """
 
     def __init__(
         self,

@@ -73,7 +73,9 @@ class GuardedScheduler:
         return num_tokens, is_async and num_tokens > 0
 
     def allocated(self, request: Request, block_ids: Sequence[int], num_external: int) -> None:
-        """A taken hit that cannot be ordered must fail aloud, or vLLM would wait or read garbage."""
+        """A taken hit that cannot be ordered must fail aloud, or vLLM would wait or read
+        garbage.
+        """
         try:
             self.side.allocated(request, block_ids, num_external)
         except Exception as exc:
@@ -151,7 +153,9 @@ class GuardedWorker:
         self._guard.call("fence", self.side.fence, None)
 
     def results(self, finished_ids: set[str]) -> tuple[set[str], set[str], set[str]]:
-        """Each id once: sent only if vLLM waits for it and has finished it, received only if begun."""
+        """Each id once: sent only if vLLM waits for it and has finished it, received only if
+        begun.
+        """
         self._ended |= finished_ids & self._delayed
         nothing: tuple[set[str], set[str], set[str]] = (set(), set(), set())
         sent, received, failed = self._guard.call(

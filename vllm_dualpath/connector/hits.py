@@ -1,4 +1,5 @@
-"""Where a request's hits come from: a transfer that the router arranged, or this server's own store.
+"""Where a request's hits come from: a transfer that the router arranged, or this server's own
+store.
 
 Answers are immediate: what is asked here is in shared memory already, or is no hit.
 """
@@ -33,10 +34,10 @@ class HitSource(Protocol):
         """Tokens that can be loaded beyond the local ones, and whether asynchronously."""
 
     def taken(self, tracked: Tracked, block_ids: Sequence[int], orders: DualPathMetadata) -> None:
-        """vLLM takes the last answer: order the load into ``block_ids``."""
+        """VLLM takes the last answer: order the load into ``block_ids``."""
 
     def turned_down(self, tracked: Tracked) -> None:
-        """vLLM does not take a hit of ours; called once a request."""
+        """VLLM does not take a hit of ours; called once a request."""
 
     def failed(self, tracked: Tracked) -> None:
         """A load failed: its tokens are computed instead."""
@@ -112,7 +113,9 @@ class TransferHits:
 
 
 class PrefillHits(TransferHits):
-    """Hit blocks are in the slots and loaded while the forward pass runs; the rest is saved to them."""
+    """Hit blocks are in the slots and loaded while the forward pass runs; the rest is saved to
+    them.
+    """
 
     def look(self, tracked: Tracked, num_local_tokens: int) -> tuple[int, bool]:
         if not tracked.may_load:

@@ -1,7 +1,8 @@
 """Which model's KV this engine makes: geometry of its pages, fingerprint of its weights.
 
 Everything that changes the bytes of a page, or their meaning, goes into the fingerprint, and the
-fingerprint starts the hash chain: two engines share a block only if they would have computed it alike.
+fingerprint starts the hash chain: two engines share a block only if they would have computed it
+alike.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def identify(
 ) -> ModelIdentity:
     """Work out geometry and fingerprint. Raises ``ConfigError`` where one cannot be had.
 
-    ``digest_cache`` is a file that remembers the digests of weight files, so that two processes of one
-    engine hash them once.
+    ``digest_cache`` is a file that remembers the digests of weight files, so that two processes of
+    one engine hash them once.
     """
     geometry, layer_names = _geometry(vllm_config, kv_cache_config, config)
     _check_staging(geometry, config, vllm_config.model_config.max_model_len)

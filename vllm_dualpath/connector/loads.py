@@ -1,4 +1,5 @@
-"""Asynchronous loads of the worker side: from slots that are filled, or from the store through the mover.
+"""Asynchronous loads of the worker side: from slots that are filled, or from the store through the
+mover.
 
 Every load ends in exactly one result, whatever the mover does.
 """

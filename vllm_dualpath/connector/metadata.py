@@ -1,7 +1,7 @@
 """What the scheduler side tells the worker side in each step.
 
-Plain data, pickled by vLLM between its own processes. A *page* is a vLLM block; pages are numbered from
-the start of a prompt.
+Plain data, pickled by vLLM between its own processes. A *page* is a vLLM block; pages are numbered
+from the start of a prompt.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Byte views of vLLM's paged caches and of the staging memory, page by page.
 
-Both become ``[..., words]`` tensors whose last dimension is one page of one layer, so that a copy is one
-indexed assignment whatever the attention kind, dtype or strides are.
+Both become ``[..., words]`` tensors whose last dimension is one page of one layer, so that a copy
+is one indexed assignment whatever the attention kind, dtype or strides are.
 """
 
 from __future__ import annotations
@@ -101,13 +101,13 @@ def _page_view(cache: torch.Tensor, num_blocks: int, page_bytes: int) -> torch.T
     content = prod(cache.shape[1:]) * cache.element_size() * ratio
     if rest or content != page_bytes:
         raise ConfigError(
-            f"KV cache of shape {tuple(cache.shape)}: expected {num_blocks} pages of {page_bytes} bytes,"
-            f" found {content} bytes a page; report this model"
+            f"KV cache of shape {tuple(cache.shape)}: expected {num_blocks} pages of {page_bytes}"
+            f" bytes, found {content} bytes a page; report this model"
         )
     if not _is_dense(cache[0]) or (ratio > 1 and cache.stride(0) != prod(cache.shape[1:])):
         raise ConfigError(
-            f"KV cache of shape {tuple(cache.shape)} and strides {cache.stride()}: expected each page in"
-            " one piece; set VLLM_KV_CACHE_LAYOUT to LBHNC or LBNHC"
+            f"KV cache of shape {tuple(cache.shape)} and strides {cache.stride()}: expected each"
+            " page in one piece; set VLLM_KV_CACHE_LAYOUT to LBHNC or LBNHC"
         )
     stride_bytes = cache.stride(0) * ratio * cache.element_size()
     offset_bytes = cache.storage_offset() * cache.element_size()

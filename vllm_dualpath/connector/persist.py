@@ -1,7 +1,7 @@
 """Which Full Blocks of a request are safe to store, and when.
 
-A block is safe when every token in it is known for good and its KV has been computed by a step whose
-output was processed: steps in flight may still fail, be rewound, or sample another token.
+A block is safe when every token in it is known for good and its KV has been computed by a step
+whose output was processed: steps in flight may still fail, be rewound, or sample another token.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class Persister:
         """Hashes stored lately: prompts share prefixes, and without an index nothing else tells."""
 
     def has_work(self, tracked: Tracked) -> bool:
-        """Whether some block is safe and was not looked at yet. Costs no copy of the block table."""
+        """Whether some block is safe and was not looked at yet. Costs no copy of the block
+        table.
+        """
         return self._num_safe_blocks(tracked) > tracked.next_persist_block
 
     def orders(self, tracked: Tracked, block_ids: Sequence[int]) -> list[BlockSave]:

@@ -1,7 +1,7 @@
 """Registers the connector with vLLM: the ``vllm.general_plugins`` entry point.
 
-Runs in every process of vLLM, so it is idempotent, imports little and never raises: an exception here
-would only be logged by vLLM, or stop a server that does not use the connector at all.
+Runs in every process of vLLM, so it is idempotent, imports little and never raises: an exception
+here would only be logged by vLLM, or stop a server that does not use the connector at all.
 """
 
 from __future__ import annotations

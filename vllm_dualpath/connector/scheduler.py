@@ -1,6 +1,7 @@
 """The scheduler side: answers vLLM's questions about hits and orders each step's copies.
 
-Never waits: what it needs of the mover is in shared memory, what it tells the mover goes to a queue.
+Never waits: what it needs of the mover is in shared memory, what it tells the mover goes to a
+queue.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.dualpath.scheduler")
 
 _REPORT_S = 2.0
-"""The engine is kept stepping at most this long after activity, so that ``/metrics`` is complete."""
+"""The engine is kept stepping at most this long after activity, so that ``/metrics`` is
+complete.
+"""
 _Scheduled = tuple[Tracked, int, Callable[[], list[int]]]
 """A request of a step, its tokens in that step, and how to get its block table."""
 _NORMAL_ENDS = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
@@ -86,7 +89,7 @@ class SchedulerSide:
         return self._hits.look(tracked, num_local_tokens)
 
     def allocated(self, request: Request, block_ids: Sequence[int], num_external: int) -> None:
-        """vLLM allocated blocks; with ``num_external`` > 0 it takes our last answer."""
+        """VLLM allocated blocks; with ``num_external`` > 0 it takes our last answer."""
         tracked = self._tracked.get(request.request_id)
         if tracked is None or tracked.settled:
             return

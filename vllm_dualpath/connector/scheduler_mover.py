@@ -1,4 +1,6 @@
-"""The scheduler side's view of its mover: which transfers are published, what is stored, persist slots."""
+"""The scheduler side's view of its mover: which transfers are published, what is stored, persist
+slots.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ _TABLE, _CLAIMS, _INDEX = 1, 2, 3
 
 @dataclass(slots=True)
 class MoverView:
-    """One mover as the scheduler's hooks see it. Lookups are the hooks', the slots' deque is shared."""
+    """One mover as the scheduler's hooks see it. Lookups are the hooks', the slots' deque is
+    shared.
+    """
 
     boot_id: bytes
     table: SlotTableReader

@@ -85,7 +85,7 @@ def _engine_url(config: EngineConfig) -> str:
     url = config.url or os.environ.get(URL_VARIABLE, "")
     if not url and config.router is not None:
         raise ConfigError(
-            "kv_connector_extra_config.url: expected this server's address for the router, found none;"
-            " set it, e.g. http://127.0.0.1:8000 (it is found by itself under `vllm serve`)"
+            "kv_connector_extra_config.url: expected this server's address for the router, found"
+            " none; set it, e.g. http://127.0.0.1:8000 (it is found by itself under `vllm serve`)"
         )
     return url

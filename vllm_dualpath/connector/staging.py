@@ -1,7 +1,7 @@
 """The worker's mapping of its mover's staging memory, and who still uses it.
 
-A mover that dies leaves its memory to our mapping. It must go before the next mover makes its own, or
-the memory is there twice, but not while a copy still reads or writes it.
+A mover that dies leaves its memory to our mapping. It must go before the next mover makes its own,
+or the memory is there twice, but not while a copy still reads or writes it.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class Staging:
             while self._num_users:
                 if not self._changed.wait(max(0.0, deadline - time.monotonic())):
                     raise TransferTimeout(
-                        f"staging memory of mover {self.boot_id.hex()[:8]}: {self._num_users} copies"
-                        f" did not end in {timeout_s} s; it stays mapped"
+                        f"staging memory of mover {self.boot_id.hex()[:8]}: {self._num_users}"
+                        f" copies did not end in {timeout_s} s; it stays mapped"
                     )
         if self._bytes is not None:
             self._engine.unmap_memory(self._bytes)

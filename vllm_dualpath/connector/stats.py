@@ -1,7 +1,7 @@
 """Counts what the connector and its mover did, and exports it through vLLM's ``/metrics``.
 
-Between the sides and the front end the numbers travel as plain dictionaries in vLLM's own statistics:
-increments, values of gauges, and observations of histograms since the last report.
+Between the sides and the front end the numbers travel as plain dictionaries in vLLM's own
+statistics: increments, values of gauges, and observations of histograms since the last report.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Starts the mover process beside the worker, and starts it again when it dies.
 
-The process is a child of ours in a session of its own. It inherits no pipes, so it can keep nobody's
-output open, and it ends by itself when our connection closes.
+The process is a child of ours in a session of its own. It inherits no pipes, so it can keep
+nobody's output open, and it ends by itself when our connection closes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class MoverProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def ensure_running(self) -> None:
-        """Start a mover unless one runs. Raises ``ConfigError`` if the last one refused its spec."""
+        """Start a mover unless one runs. Raises ``ConfigError`` if the last one refused its
+        spec.
+        """
         if self._process is not None:
             status = self._process.poll()
             if status is None:

@@ -1,6 +1,8 @@
-"""What the connector does not cover yet, in one table: start is refused, by name, with all reasons at once.
+"""What the connector does not cover yet, in one table: start is refused, by name, with all reasons
+at once.
 
-Requests that must not load are listed here as well; they are computed as if there were no connector.
+Requests that must not load are listed here as well; they are computed as if there were no
+connector.
 """
 
 from __future__ import annotations
@@ -164,7 +166,8 @@ def check_supported(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> 
         found = rule.find(vllm_config, kv_cache_config)
         if found:
             problems.append(
-                f"  {rule.what}: {rule.where}: expected {rule.expected}, found {found}; {rule.remedy}"
+                f"  {rule.what}: {rule.where}: expected {rule.expected}, found {found};"
+                f" {rule.remedy}"
             )
     if problems:
         raise ConfigError(

@@ -1,7 +1,7 @@
 """SHA-256 over the content of a model's weight files.
 
-Hashing terabytes twice would be silly: files in a Hugging Face cache carry their SHA-256 as their name,
-and other digests are remembered by (device, inode, size, mtime) in a small file.
+Hashing terabytes twice would be silly: files in a Hugging Face cache carry their SHA-256 as their
+name, and other digests are remembered by (device, inode, size, mtime) in a small file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ _CHUNK_BYTES = 8 << 20
 def weights_digest(vllm_config: VllmConfig, digest_cache: Path) -> str:
     """Hex SHA-256 over the names and contents of the weight files.
 
-    Raises ``ConfigError`` for weights that are not files: there ``model_id`` must say what they are.
+    Raises ``ConfigError`` for weights that are not files: there ``model_id`` must say what they
+    are.
     """
     if vllm_config.load_config.load_format == "dummy":
         raise ConfigError(
@@ -80,8 +81,8 @@ def _cached_snapshot(vllm_config: VllmConfig) -> Path:
         )
     except (OSError, ValueError) as exc:  # huggingface_hub's errors are subclasses of these
         raise ConfigError(
-            f"model {name}: expected a directory or a model in the Hugging Face cache, found neither"
-            f" ({exc}); set kv_connector_extra_config.model_id"
+            f"model {name}: expected a directory or a model in the Hugging Face cache, found"
+            f" neither ({exc}); set kv_connector_extra_config.model_id"
         ) from exc
 
 

@@ -135,7 +135,9 @@ class WorkerSide:
             self._persist(block)
 
     def start_loads(self) -> None:
-        """Start this step's loads; those that this step's forward pass reads come layer by layer."""
+        """Start this step's loads; those that this step's forward pass reads come layer by
+        layer.
+        """
         step = self._step
         loads, step.sync_loads = step.sync_loads, []
         for batch in self._batches(loads, self._fail_sync):
@@ -300,7 +302,9 @@ class WorkerSide:
             self._when(None, lambda: self._sent.append(request_id))
 
     def _fail_sync(self, copies: list[PageCopy]) -> None:
-        """A synchronous load whose memory is gone, which the life of a mapping is there to prevent."""
+        """A synchronous load whose memory is gone, which the life of a mapping is there to
+        prevent.
+        """
         for copy in copies:
             logger.error("request %s: staged pages are gone: recomputing", copy.request_id)
             self.recorder.count(metrics.LOAD_FAILURES, label="mover_lost")

