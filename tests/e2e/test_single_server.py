@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from vllm_dualpath.bench.servers import SingleEngine
@@ -33,7 +34,7 @@ class Single:
         self._start = lambda: SingleEngine(
             model_dir,
             f"file://{store}",
-            {"staging_bytes": 64 << 20},
+            {"staging_bytes": 64 << 20, "persist_slots": 64},
             engine_args=(*COMMON_ARGS, *NO_PREFIX_CACHING),
             log_dir=log_dir,
         )
@@ -78,16 +79,18 @@ class Single:
             assert time.monotonic() < deadline_s, f"in use {DRAIN_S:.0f} s after: {leaks}"
             time.sleep(0.05)
 
-    def _leaks(self) -> dict[str, float]:
+    def _leaks(self) -> dict[str, object]:
         self.ask([0], 1)
         self._num_pokes += 1
         samples = scrape(self.url)
-        found = {
+        found: dict[str, object] = {
             name: samples.value(f"vllm:{name}")
             for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
         }
         for state in ("used", "quarantined"):
-            found[state] = samples.value("vllm:dualpath_staging_slots", state)
+            # The mover's first report may not have reached vLLM yet.
+            slots = samples.values.get(("vllm:dualpath_staging_slots", state))
+            found[state] = "unknown" if slots is None else slots
         return {name: value for name, value in found.items() if value}
 
 
@@ -172,7 +175,7 @@ def test_mover_killed(single: Single, qwen3_reference: Reference) -> None:
     """Without its mover the server computes; a new mover brings the hits back."""
     prompt = token_ids("single", _NUM_TOKENS)
     expected = qwen3_reference.tokens(prompt, 12)
-    (mover,) = _movers(single.engine.server.process.pid)
+    (mover,) = _mover_pids(single.engine.server.process.pid)
     os.kill(mover, signal.SIGKILL)
     assert single.ask(prompt, 12) == expected
     hit = hit_tokens(_NUM_TOKENS, _NUM_TOKENS)
@@ -181,16 +184,7 @@ def test_mover_killed(single: Single, qwen3_reference: Reference) -> None:
     )
 
 
-def _movers(group: int) -> list[int]:
-    """Movers in the process group of a server."""
-    found = []
-    for directory in Path("/proc").glob("[0-9]*"):
-        pid = int(directory.name)
-        try:
-            command = (directory / "cmdline").read_bytes()
-            member = os.getpgid(pid) == group
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if member and b"vllm_dualpath.mover" in command:
-            found.append(pid)
-    return found
+def _mover_pids(server_pid: int) -> list[int]:
+    """Movers that this server, or a process of it, has started."""
+    descendants = psutil.Process(server_pid).children(recursive=True)
+    return [each.pid for each in descendants if "vllm_dualpath.mover" in each.cmdline()]

@@ -168,6 +168,8 @@ class Side:
         self.pool = SlotPool(role, 0, NUM_SLOTS)
         self.book = TransferBook()
         self.other: Side
+        self.claimed: set[int] = set()
+        """Slots that the engine may copy from or to, kept by the test."""
         max_blocks = GEOMETRY.num_blocks(MAX_MODEL_LEN)
         table = SharedMemory("table", table_bytes(TABLE_ENTRIES, max_blocks))
         claims = SharedMemory("claims", claims_bytes(TABLE_ENTRIES))
@@ -215,6 +217,7 @@ class Side:
     def _release(self, release: Callable[[Sequence[int]], None], slots: Sequence[int]) -> None:
         """No slot is freed while anything under way reads or writes it."""
         for slot in slots:
+            assert slot not in self.claimed, f"{self.role} slot {slot}: claimed by the engine"
             where = (self.address(slot), GEOMETRY.slot_bytes)
             assert not self.storage.touches(*where), f"{self.role} slot {slot}: store call open"
             assert not self.transport.reads(*where), f"{self.role} slot {slot}: own put open"

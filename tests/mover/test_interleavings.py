@@ -6,7 +6,9 @@ nothing under way touches the slots.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 from hypothesis import settings
@@ -63,11 +65,17 @@ class TwoMovers(RuleBasedStateMachine):
 
     # --- router ----------------------------------------------------------------------------------
 
-    @rule(seed=ANY, split=st.integers(0, 2), hits=st.integers(0, 2), missing=ANY)
-    def begin(self, seed: int, split: int, hits: int, missing: int) -> None:
+    @rule(
+        progress=st.integers(0, 6),
+        split=st.integers(0, 2),
+        hits=st.integers(0, 2),
+        missing=st.integers(0, 4),
+    )
+    def begin(self, progress: int, split: int, hits: int, missing: int) -> None:
+        """A new transfer, perhaps brought along quickly: chance alone would rarely get it far."""
         if len(self.attempts) >= 3:
             return
-        prompt = Prompt(21, seed=100 * len(self.attempts) + seed)
+        prompt = Prompt(21, seed=len(self.attempts))
         for idx in range(hits):
             if idx != missing:
                 self.pair.store.blocks[prompt.hashes[idx]] = bytes([idx]) * GEOMETRY.slot_bytes
@@ -75,6 +83,22 @@ class TwoMovers(RuleBasedStateMachine):
         self.attempts.append(attempt)
         attempt.asked.add("decode")
         self.pair.reserve(self.pair.decode, attempt.key, prompt, self.pair.prefill.contact)
+        self.hear()
+        self._bring_along(attempt, progress)
+
+    def _bring_along(self, attempt: Attempt, progress: int) -> None:
+        steps: list[Callable[[], object]] = [
+            partial(self._go_on, attempt, ("prefill", "decode")),
+            partial(self._go_on, attempt, ("prefill", "decode")),
+            self._step,
+            self._step,
+            lambda: self._claim(attempt, "prefill"),
+            lambda: (self._save(attempt, 3), self.pair.prefill.transport.deliver()),
+        ]
+        for step in steps[:progress]:
+            step()
+            self.pair.spin()
+            self.hear()
 
     @rule(choice=ANY, roles=st.sampled_from(STAGE_ORDERS))
     def go_on(self, choice: int, roles: tuple[str, ...]) -> None:
@@ -82,8 +106,11 @@ class TwoMovers(RuleBasedStateMachine):
 
         One ``Stage`` is lost if the router dies meanwhile.
         """
-        attempt = self._pick(choice)
-        if attempt is None or attempt.ended or attempt.staged or "decode" not in attempt.slots:
+        if attempt := self._pick(choice):
+            self._go_on(attempt, roles)
+
+    def _go_on(self, attempt: Attempt, roles: tuple[str, ...]) -> None:
+        if attempt.ended or attempt.staged or "decode" not in attempt.slots:
             return
         if "prefill" not in attempt.asked:
             attempt.asked.add("prefill")
@@ -125,19 +152,26 @@ class TwoMovers(RuleBasedStateMachine):
 
     @rule(choice=ANY, role=ROLES)
     def claim(self, choice: int, role: str) -> None:
-        attempt = self._pick(choice)
-        if attempt is not None and len(attempt.claims) < 3:
+        if attempt := self._pick(choice):
+            self._claim(attempt, role)
+
+    def _claim(self, attempt: Attempt, role: str) -> None:
+        if len(attempt.claims) < 3:
             claimed = self._side(role).table.claim(attempt.key)
             if claimed is not None:
                 assert claimed.slots == attempt.slots[role]
                 attempt.claims.append((role, claimed))
+                self._side(role).claimed.update(claimed.slots)
 
     @rule(choice=ANY, num_layers=st.integers(1, 3))
     def save(self, choice: int, num_layers: int) -> None:
         """The next layers of all new pages, if the prefill side has claimed."""
-        attempt = self._pick(choice)
-        claimed = attempt and next((c for role, c in attempt.claims if role == "prefill"), None)
-        if attempt is None or claimed is None:
+        if attempt := self._pick(choice):
+            self._save(attempt, num_layers)
+
+    def _save(self, attempt: Attempt, num_layers: int) -> None:
+        claimed = next((c for role, c in attempt.claims if role == "prefill"), None)
+        if claimed is None:
             return
         first = claimed.num_hit_blocks * GEOMETRY.pages_per_block
         for layer in range(attempt.saved, min(attempt.saved + num_layers, GEOMETRY.num_layers)):
@@ -149,8 +183,14 @@ class TwoMovers(RuleBasedStateMachine):
     def release(self, choice: int) -> None:
         attempt = self._pick(choice)
         if attempt is not None and attempt.claims:
-            role, _ = attempt.claims.pop(0)
-            self._side(role).book.release(attempt.key)
+            self._release(attempt)
+
+    def _release(self, attempt: Attempt) -> None:
+        role, claimed = attempt.claims.pop(0)
+        side = self._side(role)
+        if all(each.slots != claimed.slots for held, each in attempt.claims if held == role):
+            side.claimed.difference_update(claimed.slots)
+        side.book.release(attempt.key)
 
     # --- store and network -----------------------------------------------------------------------
 
@@ -203,8 +243,7 @@ class TwoMovers(RuleBasedStateMachine):
                 side.book.router_lost()
         for attempt in self.attempts:
             while attempt.claims:
-                role, _ = attempt.claims.pop()
-                self._side(role).book.release(attempt.key)
+                self._release(attempt)
         for _ in range(MAX_SETTLE_ROUNDS):
             if self._settled():
                 break
