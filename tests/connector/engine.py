@@ -387,6 +387,7 @@ class Engine:
             raise AssertionError("the engine does not come to an end")
         self.step()
         self.settle()
+        self.wait(self._all_released)
 
     def check_ended(self) -> None:
         """No request, block, claim or tracking is left over."""
@@ -395,9 +396,14 @@ class Engine:
         assert not self.side._tracked
         worker = self.worker._worker.side
         assert not worker._owed and not worker._delayed
-        for key in self.mover.entries:
-            claims = self.mover.num_claims(key)
-            self.wait(lambda key=key, claims=claims: self.mover.releases[key] == claims)
+        self.wait(self._all_released)
+
+    def _all_released(self) -> bool:
+        """As many releases as claims; a dead mover hears of none. They come after other messages."""
+        mover = self.mover
+        return not mover.alive or all(
+            mover.releases[key] == mover.num_claims(key) for key in mover.entries
+        )
 
     def check_output(self, request_id: str, max_tokens: int) -> None:
         """Exactly what plain vLLM would have generated."""

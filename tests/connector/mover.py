@@ -41,6 +41,7 @@ class ScriptedMover:
     """Serves one engine."""
 
     def __init__(self, path: Path, geometry: Geometry, num_slots: int, *, index: bool) -> None:
+        self.alive = True
         self.boot_id = os.urandom(16)
         self.geometry = geometry
         self.num_slots = num_slots
@@ -128,6 +129,7 @@ class ScriptedMover:
 
     def die(self) -> None:
         """End like a killed process: connections close, memory lives on in others' mappings."""
+        self.alive = False
         os.eventfd_write(self._wake, 1)
         self._thread.join()
         for fd in self._fds:

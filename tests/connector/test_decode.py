@@ -325,5 +325,6 @@ def test_reset_changes_the_root(engine):
     e.run()
     assert e.mover.releases[key_of(params)] == 1
     e.check_output("r", 1)
+    e.mover.wait_for(Persist, 4)
     assert stored(e) == chain_hashes(changed.root, PROMPT, 8)[:4]
     e.check_ended()

@@ -26,10 +26,11 @@ def test_zero_allocation_releases(engine, role, monkeypatch):
 
     monkeypatch.setattr(e.connector, "get_num_new_matched_tokens", another_wins)
     e.add("r", PROMPT, 2, params)
+    e.step()
+    e.mover.wait_for(Release)
     e.run()
     e.check_output("r", 2)
     assert e.mover.num_claims(key_of(params)) == 1
-    e.mover.wait_for(Release)
     assert not e.mover.of(Saved)
     e.check_ended()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_dualpath.bench.cluster import ClusterSpec, LocalCluster
-from vllm_dualpath.bench.processes import ManagedProcess
+from vllm_dualpath.bench.processes import ManagedProcess, ProcessGuard
 from vllm_dualpath.bench.tiny_model import TinyModel
 
 from .client import Answer, complete, complete_all, greedy
@@ -62,6 +62,7 @@ class Deployment:
             start_timeout_s=_START_S,
         )
         self.cluster = LocalCluster(self.spec)
+        self._guard = ProcessGuard()
 
     # --- life ---
 
@@ -71,6 +72,7 @@ class Deployment:
 
     def __exit__(self, *_: object) -> None:
         self.cluster.stop()
+        self._guard.close()
 
     def restart_all(self, extra_config: Mapping[str, object]) -> None:
         """Stop every process and start new ones over the same store."""
@@ -87,8 +89,8 @@ class Deployment:
         command = list(self.cluster.router.command)
         first = command.index("--mode")
         command[first:] = ["--mode", mode, *self.spec.router_args, *args]
-        old = self.cluster.router
-        self.cluster.router = ManagedProcess("router", command, old.log_path, old._guard)
+        log_path = self.cluster.router.log_path
+        self.cluster.router = ManagedProcess("router", command, log_path, self._guard)
         self.cluster.router.start()
         self.wait_registered()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,3 +40,16 @@ def flip_byte(path: Path) -> None:
         value = file.read(1)[0]
         file.seek(-1, 1)
         file.write(bytes([value ^ _EXPONENT_BIT]))
+
+
+def make_stuck(path: Path) -> None:
+    """Let every read of this block wait: a FIFO cannot be opened before it has a writer."""
+    path.unlink()
+    os.mkfifo(path)
+
+
+def end_stuck(path: Path) -> None:
+    """Let the waiting reads fail; the block is gone."""
+    writer = os.open(path, os.O_WRONLY)
+    path.unlink()
+    os.close(writer)

@@ -19,7 +19,7 @@ from .deployment import Deployment, wait_until
 from .models import BLOCK_TOKENS
 from .prompts import token_ids
 from .reference import Reference
-from .stored_blocks import files_of, flip_byte, stored_by
+from .stored_blocks import end_stuck, files_of, flip_byte, make_stuck, stored_by
 
 _NUM_TOKENS = 300
 _NUM_BLOCKS = 4
@@ -50,15 +50,14 @@ def test_abort_during_staging(
     """The client leaves while one side's read is stuck: its slots are kept until that has ended."""
     prompt = _warm(llama, llama_reference, f"abort during staging {role}")
     stuck = files_of(llama.store, prompt)[position]
-    stuck.unlink()
-    os.mkfifo(stuck)  # opening it to read waits for a writer
+    make_stuck(stuck)
     with _request(llama, prompt):
         wait_until(lambda: llama.transfers() == ["staging"], "a transfer that is staged", 5)
         wait_until(lambda: llama.status(role)["stats"]["slots_used"] > 0, "slots in use", 5)
     wait_until(lambda: _is_ending(llama), "the end of the transfer", 5)
     time.sleep(1.5)  # more than a heartbeat
     assert llama.status(role)["stats"]["slots_used"] > 0
-    os.close(os.open(stuck, os.O_WRONLY))
+    end_stuck(stuck)
     llama.expect_clean()
     assert llama.ask(prompt, 10).tokens == llama_reference.tokens(prompt, 10)
 
@@ -123,13 +122,12 @@ def test_a_stuck_read(llama: Deployment, llama_reference: Reference) -> None:
     prompt = _warm(llama, llama_reference, "stuck read")
     llama.replace_router("split", "--deadline", "stage_s=1.5")
     stuck = files_of(llama.store, prompt)[0]
-    stuck.unlink()
-    os.mkfifo(stuck)  # opening it to read waits for a writer
+    make_stuck(stuck)
     before = llama.counters("prefill")
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(llama.ask, prompt, 10).result(timeout=30)
     assert answer.tokens == llama_reference.tokens(prompt, 10)
-    os.close(os.open(stuck, os.O_WRONLY))
+    end_stuck(stuck)
     after, _ = llama.drained()
     assert (after - before).prompt == (_NUM_TOKENS, 0, 0)
     llama.replace_router("split")

@@ -31,22 +31,25 @@ class Single:
 
     def __init__(self, model_dir: Path, store: Path, log_dir: Path) -> None:
         self.store = store
-        self._start = lambda: SingleEngine(
-            model_dir,
-            f"file://{store}",
+        self._model_dir = model_dir
+        self._log_dir = log_dir
+        self.engine = self._launched()
+
+    def _launched(self) -> SingleEngine:
+        self._num_pokes = 0
+        engine = SingleEngine(
+            self._model_dir,
+            f"file://{self.store}",
             {"staging_bytes": 64 << 20, "persist_slots": 64},
             engine_args=(*COMMON_ARGS, *NO_PREFIX_CACHING),
-            log_dir=log_dir,
+            log_dir=self._log_dir,
         )
-        self.engine = self._start()
-        self.engine.launch()
-        self._num_pokes = 0
+        engine.launch()
+        return engine
 
     def restart(self) -> None:
         self.engine.stop()
-        self._num_pokes = 0
-        self.engine = self._start()
-        self.engine.launch()
+        self.engine = self._launched()
         self.engine.wait_ready()
 
     @property

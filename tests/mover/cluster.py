@@ -6,14 +6,10 @@ import itertools
 import signal
 from pathlib import Path
 
-from tests.mover.scripted import (
-    WAIT_S,
-    MoverProcess,
-    Prompt,
-    ScriptedRouter,
-    Transfer,
-    wait_for,
-)
+from tests.mover.material import WAIT_S, Prompt, wait_for
+from tests.mover.scripted_engine import MoverProcess
+from tests.mover.scripted_router import ScriptedRouter
+from tests.mover.scripted_transfer import Transfer
 from vllm_dualpath.control.slot_table import ClaimedTransfer
 from vllm_dualpath.messages import Committed, Ended, Ready
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from tests.mover.scripted import GEOMETRY, MAX_MODEL_LEN, ROOT, Prompt
+from tests.mover.material import GEOMETRY, MAX_MODEL_LEN, ROOT, Prompt
 from vllm_dualpath import native
 from vllm_dualpath.config import EngineConfig
 from vllm_dualpath.control.host import host_id, process_start_ticks

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.mover.cluster import Cluster
-from tests.mover.scripted import GEOMETRY, Transfer
+from tests.mover.material import GEOMETRY
+from tests.mover.scripted_transfer import Transfer
 from vllm_dualpath.control.slot_table import ClaimedTransfer
 from vllm_dualpath.messages import Committed, Ended, Ready, Saved
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.mover.cluster import Cluster
-from tests.mover.scripted import GEOMETRY, MoverProcess, block_path
+from tests.mover.material import GEOMETRY, block_path
+from tests.mover.scripted_engine import MoverProcess
 from tests.mover.states import STATES, Run
 from vllm_dualpath.messages import (
     Cut,

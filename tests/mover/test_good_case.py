@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.mover.cluster import Cluster
-from tests.mover.scripted import GEOMETRY, block_payload, open_test_store, wait_for
+from tests.mover.material import GEOMETRY, block_payload, open_test_store, wait_for
 from vllm_dualpath.messages import Ended, Reserved, SegmentDone, Stored, TransferFailed
 from vllm_dualpath.storage.directio import aligned_buffer
 

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.mover.scripted import (
+from tests.mover.material import (
     GEOMETRY,
     WAIT_S,
-    MoverProcess,
     Prompt,
     block_path,
     make_pipe,
@@ -21,6 +20,7 @@ from tests.mover.scripted import (
     release_pipe,
     wait_for,
 )
+from tests.mover.scripted_engine import MoverProcess
 from vllm_dualpath.index.shared import SharedIndexReader
 from vllm_dualpath.messages import (
     LocalLoad,

@@ -8,7 +8,8 @@ import msgspec
 import pytest
 
 from tests.mover.cluster import Cluster
-from tests.mover.scripted import WAIT_S, MoverProcess, make_pipe, release_pipe
+from tests.mover.material import WAIT_S, make_pipe, release_pipe
+from tests.mover.scripted_engine import MoverProcess
 from tests.mover.states import STATES, Run
 from vllm_dualpath.messages import (
     Ended,

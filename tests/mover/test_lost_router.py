@@ -10,7 +10,8 @@ from contextlib import contextmanager
 import pytest
 
 from tests.mover.cluster import Cluster
-from tests.mover.scripted import WAIT_S, ScriptedRouter, wait_for
+from tests.mover.material import WAIT_S, wait_for
+from tests.mover.scripted_router import ScriptedRouter
 from tests.mover.states import STATES, Run
 from vllm_dualpath.messages import Ended, Pong, TransferFailed, Welcome
 
@@ -96,7 +97,7 @@ def test_vanished_router(cluster: Cluster) -> None:
     cluster.router.close()
     try:
         wait_for(lambda: not _is_published(run), "the published entry is still there")
-        time.sleep(1.5)
+        time.sleep(3)
     finally:
         cluster.router = ScriptedRouter(endpoint)
     num_hellos = 0

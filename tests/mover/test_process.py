@@ -14,13 +14,8 @@ from hypothesis import strategies as st
 
 from tests.control.routers import CurveRouter
 from tests.mover.cluster import Cluster
-from tests.mover.scripted import (
-    GEOMETRY,
-    WAIT_S,
-    MoverProcess,
-    open_test_store,
-    wait_for,
-)
+from tests.mover.material import GEOMETRY, WAIT_S, open_test_store, wait_for
+from tests.mover.scripted_engine import MoverProcess
 from tests.mover.states import Run
 from vllm_dualpath.control.curve import create_keys
 from vllm_dualpath.control.link import EngineLink
