@@ -44,6 +44,7 @@ check() {
 lint() {
   check "ruff check" "$bin/ruff" check .
   check "ruff format" "$bin/ruff" format --check .
+  check "clang-format" "$bin/clang-format" --dry-run --Werror $(find csrc -name '*.?pp')
   check "mypy" "$bin/mypy" --strict -p vllm_dualpath
   check "lint-imports" "$bin/lint-imports"
 }

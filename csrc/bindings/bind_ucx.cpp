@@ -75,10 +75,9 @@ void bind_ucx(py::module_& module) {
              }),
              py::arg("library"), py::arg("listen_host"), py::arg("listen_port"),
              py::arg("max_inflight_bytes"), py::arg("max_put_bytes"))
-        .def_property_readonly("worker_address",
-                               [](const UcxEngine& engine) {
-                                   return py::bytes(engine.worker_address());
-                               })
+        .def_property_readonly(
+            "worker_address",
+            [](const UcxEngine& engine) { return py::bytes(engine.worker_address()); })
         .def_property_readonly("listen_port", &UcxEngine::listen_port)
         .def("context_info", &UcxEngine::context_info, release())
         .def("fileno", &UcxEngine::event_fd)

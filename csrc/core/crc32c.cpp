@@ -72,9 +72,8 @@ constexpr std::uint32_t power_of_x(std::size_t n) {
 template <std::size_t Bytes>
 __attribute__((target("sse4.2,pclmul"))) std::uint32_t append_zeros(std::uint32_t state) {
     constexpr std::uint32_t kFactor = power_of_x(8 * Bytes - 33);
-    const __m128i product =
-        _mm_clmulepi64_si128(_mm_cvtsi32_si128(static_cast<int>(state)),
-                             _mm_cvtsi32_si128(static_cast<int>(kFactor)), 0);
+    const __m128i product = _mm_clmulepi64_si128(_mm_cvtsi32_si128(static_cast<int>(state)),
+                                                 _mm_cvtsi32_si128(static_cast<int>(kFactor)), 0);
     return static_cast<std::uint32_t>(
         _mm_crc32_u64(0, static_cast<std::uint64_t>(_mm_cvtsi128_si64(product))));
 }

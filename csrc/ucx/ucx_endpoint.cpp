@@ -91,8 +91,8 @@ bool UcxEndpoint::advance(EventQueue& events, Clock::time_point now) {
     return worked;
 }
 
-// UCX 1.22 crashes when an endpoint that still connects is closed by force: the flush that waits for
-// the connection is resumed on freed memory. So closing waits for it, or gives the endpoint up.
+// UCX 1.22 crashes when an endpoint that still connects is closed by force: the flush that waits
+// for the connection is resumed on freed memory. So closing waits for it, or gives the endpoint up.
 bool UcxEndpoint::end_drain(EventQueue& events, Clock::time_point now) {
     const bool late = now >= deadline_;
     if (wiring_) {

@@ -168,8 +168,8 @@ void UcxEngine::run() {
     shut_down(why);
 }
 
-// Progress comes first: it may run callbacks and still say that nothing moved, and what they changed
-// must be acted on before the thread sleeps.
+// Progress comes first: it may run callbacks and still say that nothing moved, and what they
+// changed must be acted on before the thread sleeps.
 bool UcxEngine::turn() {
     bool worked = worker_->progress();
     worked |= run_commands();
@@ -193,8 +193,8 @@ bool UcxEngine::run_commands() {
 
 void UcxEngine::execute(ConnectCommand& command) {
     try {
-        auto endpoint = std::make_shared<UcxEndpoint>(worker_, budget_, command.peer_id,
-                                                      command.target);
+        auto endpoint =
+            std::make_shared<UcxEndpoint>(worker_, budget_, command.peer_id, command.target);
         connections_.push_back({std::move(command.peer), std::move(endpoint)});
     } catch (const UcxError& error) {
         command.peer->closed = true;

@@ -7,8 +7,7 @@ namespace dualpath {
 UcxListener::UcxListener(std::shared_ptr<UcxWorker> worker, const SocketAddress& address)
     : worker_(std::move(worker)) {
     ucp_listener_params_t params{};
-    params.field_mask =
-        UCP_LISTENER_PARAM_FIELD_SOCK_ADDR | UCP_LISTENER_PARAM_FIELD_CONN_HANDLER;
+    params.field_mask = UCP_LISTENER_PARAM_FIELD_SOCK_ADDR | UCP_LISTENER_PARAM_FIELD_CONN_HANDLER;
     params.sockaddr.addr = address.get();
     params.sockaddr.addrlen = address.size;
     params.conn_handler.cb = &UcxListener::handle_request;
@@ -82,8 +81,8 @@ void UcxListener::accept(ucp_conn_request_h request) {
 void UcxListener::close_connection(IncomingConnection& connection) {
     connection.closing = true;
     ucp_request_param_t param{};
-    param.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS | UCP_OP_ATTR_FIELD_CALLBACK |
-                         UCP_OP_ATTR_FIELD_USER_DATA;
+    param.op_attr_mask =
+        UCP_OP_ATTR_FIELD_FLAGS | UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
     param.flags = UCP_EP_CLOSE_FLAG_FORCE;
     param.user_data = &connection;
     param.cb.send = [](void* request, ucs_status_t, void* user_data) {
