@@ -1,7 +1,7 @@
 """Builds the compiled core, ``vllm_dualpath._native``.
 
 Only the headers of UCX are needed: the library itself is loaded at run time, so that one build
-serves hosts with and without RDMA. The headers come from ``VLLM_DUALPATH_UCX_INCLUDE``, the libucx
+serves hosts with and without RDMA. The headers come from ``DUALPATH_UCX_INCLUDE``, the libucx
 wheel, or a system UCX found by pkg-config, in that order.
 """
 
@@ -22,7 +22,7 @@ HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.hpp"))
 
 def ucx_include_dir() -> str | None:
     """Where ``ucp/api/ucp.h`` lies, or None for the compiler's own search path."""
-    if override := os.environ.get("VLLM_DUALPATH_UCX_INCLUDE"):
+    if override := os.environ.get("DUALPATH_UCX_INCLUDE"):
         return override
     spec = importlib.util.find_spec("libucx")
     if spec is not None and spec.origin is not None:

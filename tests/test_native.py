@@ -148,7 +148,7 @@ def test_buffer_address_of_a_mapping() -> None:
 
 
 def test_ucx_override_comes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """VLLM_DUALPATH_UCX_LIBRARY is used or refused, never silently replaced."""
+    """DUALPATH_UCX_LIBRARY is used or refused, never silently replaced."""
     monkeypatch.setenv(native.UCX_LIBRARY_VARIABLE, "/nonexistent/libucp.so.0")
     assert native.ucx_candidates() == [Path("/nonexistent/libucp.so.0")]
     native.load_ucx.cache_clear()

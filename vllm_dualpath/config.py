@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from vllm_dualpath.blocks import Geometry
 from vllm_dualpath.errors import ConfigError
 
 GIB = 1 << 30
+
+_DECODE_PERSIST_SLOTS = 64
+"""Enough for the generated blocks of a large batch: each is stored in a fraction of a second."""
 
 EngineRole = Literal["prefill", "decode", "both"]
 Mode = Literal["prefill_only", "dual", "split"]
@@ -59,8 +64,11 @@ class EngineConfig(_Frozen):
         None, gt=0, description="tokens a Full Block; default 64, or vLLM's block size if larger"
     )
     staging_bytes: int = Field(2 * GIB, gt=0, description="staging memory of this engine's mover")
-    persist_slots: int = Field(
-        16, ge=0, description="staging slots kept for storing generated blocks"
+    persist_slots: int | None = Field(
+        None,
+        ge=0,
+        description="staging slots for storing blocks that no transfer stores; default: 64,"
+        " half of the staging for role both",
     )
     store_quota_bytes: int | None = Field(
         None, gt=0, description="evict least recently used blocks above this size"
@@ -157,6 +165,40 @@ def parse_engine_config(values: Mapping[str, Any]) -> EngineConfig:
 def parse_router_config(values: Mapping[str, Any]) -> RouterConfig:
     """Parse the router's flags. Raises ``ConfigError`` naming every bad flag at once."""
     return _parse(RouterConfig, values, "router")
+
+
+@dataclass(frozen=True, slots=True)
+class StagingDivision:
+    """How an engine's staging slots are divided."""
+
+    num_prompt_slots: int
+    """For transfers and loads."""
+    num_persist_slots: int
+
+
+def divide_staging(config: EngineConfig, geometry: Geometry, max_model_len: int) -> StagingDivision:
+    """Divide the staging memory. Raises ``ConfigError`` if the longest prompt would not fit: its
+    reservation would wait for ever.
+    """
+    num_slots = config.staging_bytes // geometry.slot_bytes
+    num_prompt = geometry.num_blocks(max_model_len)
+    if config.role == "prefill":
+        num_persist = 0
+    elif config.persist_slots is not None:
+        num_persist = config.persist_slots
+    else:
+        # Without a router every block is stored this way, a whole prompt's at once.
+        wanted = num_slots // 2 if config.role == "both" else _DECODE_PERSIST_SLOTS
+        num_persist = max(1, min(wanted, num_slots - num_prompt))
+    num_needed = num_prompt + num_persist
+    if num_slots < num_needed:
+        raise ConfigError(
+            f"kv_connector_extra_config.staging_bytes: a request of max_model_len {max_model_len}"
+            f" tokens and {num_persist} persist slots need {num_needed} slots of"
+            f" {geometry.slot_bytes} bytes; expected at least {num_needed * geometry.slot_bytes},"
+            f" found {config.staging_bytes} ({num_slots} slots); raise it or lower --max-model-len"
+        )
+    return StagingDivision(num_slots - num_persist, num_persist)
 
 
 def check_endpoint(value: str) -> str:

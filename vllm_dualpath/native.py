@@ -52,7 +52,7 @@ __all__ = [
     "ucx_report",
 ]
 
-UCX_LIBRARY_VARIABLE = "VLLM_DUALPATH_UCX_LIBRARY"
+UCX_LIBRARY_VARIABLE = "DUALPATH_UCX_LIBRARY"
 
 # Where distributions, OFED and HPC-X put libucp; LD_LIBRARY_PATH comes before these.
 _SYSTEM_UCX_DIRECTORIES = (
@@ -135,7 +135,7 @@ class UcxReport:
 def ucx_candidates() -> list[Path]:
     """Every libucp to try, best first.
 
-    ``VLLM_DUALPATH_UCX_LIBRARY`` alone if set; else a system UCX with RDMA providers, the libucx
+    ``DUALPATH_UCX_LIBRARY`` alone if set; else a system UCX with RDMA providers, the libucx
     wheel (which has none), then any other system UCX.
     """
     if override := os.environ.get(UCX_LIBRARY_VARIABLE):

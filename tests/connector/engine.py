@@ -399,7 +399,7 @@ class Engine:
         self.wait(self._all_released)
 
     def _all_released(self) -> bool:
-        """As many releases as claims; a dead mover hears of none. They come after other messages."""
+        """As many releases as claims, which come after other messages; the dead hear of none."""
         mover = self.mover
         return not mover.alive or all(
             mover.releases[key] == mover.num_claims(key) for key in mover.entries

@@ -328,3 +328,20 @@ def test_reset_changes_the_root(engine):
     e.mover.wait_for(Persist, 4)
     assert stored(e) == chain_hashes(changed.root, PROMPT, 8)[:4]
     e.check_ended()
+
+
+def test_steps_in_flight_store_nothing(engine):
+    """A block is stored only after the output of the step that computed it was processed."""
+    e = engine("decode", is_async=True)
+    e.add("r", PROMPT[:26], 8)
+    first = e.schedule()
+    second = e.schedule()
+    assert not second.output.kv_connector_metadata.persists
+    e.update(first, e.execute(first))
+    third = e.schedule()
+    assert len(third.output.kv_connector_metadata.persists) == 3
+    for step in (second, third):
+        e.update(step, e.execute(step))
+    e.run()
+    e.check_output("r", 8)
+    e.check_ended()

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from vllm_dualpath.connector.supervisor import MoverProcess
-from vllm_dualpath.errors import ConfigError
+from vllm_dualpath.errors import ConfigError, PeerLost
 from vllm_dualpath.messages import GeometrySpec, MoverSpec
 
 REPORT = """
@@ -57,7 +57,7 @@ def test_process_gets_a_private_spec_and_inherits_nothing(tmp_path):
     process.ensure_running()
     assert process._process.pid == pid
     process._process.kill()
-    process.stop()
+    process.stop(was_attached=True)
     assert not Path(f"/proc/{pid}").exists()
 
 
@@ -68,10 +68,12 @@ def test_a_dead_mover_is_started_again(tmp_path):
     first = process._process
     first.kill()
     first.wait()
+    with pytest.raises(PeerLost, match="status -9"):
+        process.ensure_running()
     process.ensure_running()
     assert process._process.pid != first.pid
     process._process.kill()
-    process.stop()
+    process.stop(was_attached=True)
 
 
 def test_a_refused_spec_is_a_config_error(tmp_path):
@@ -81,7 +83,7 @@ def test_a_refused_spec_is_a_config_error(tmp_path):
     process._process.wait()
     with pytest.raises(ConfigError, match="store: no such place"):
         process.ensure_running()
-    process.stop()
+    process.stop(was_attached=True)
 
 
 def test_only_one_starter(tmp_path):
@@ -92,10 +94,10 @@ def test_only_one_starter(tmp_path):
     second.ensure_running()
     assert second._process is None
     first._process.kill()
-    first.stop()
+    first.stop(was_attached=True)
     second.ensure_running()
     assert second._process is not None
-    second.stop()
+    second.stop(was_attached=True)
 
 
 def test_a_mover_that_will_not_end_is_killed(tmp_path, monkeypatch):
@@ -104,5 +106,14 @@ def test_a_mover_that_will_not_end_is_killed(tmp_path, monkeypatch):
     process = mover(tmp_path, "-c", "import time; time.sleep(60)")
     process.ensure_running()
     child = process._process
-    process.stop()
+    process.stop(was_attached=True)
     assert child.returncode == -9
+
+
+def test_a_mover_that_was_never_attached_is_told_to_end(tmp_path):
+    """No connection closes for it, so it cannot know by itself."""
+    process = mover(tmp_path, "-c", "import time; time.sleep(60)")
+    process.ensure_running()
+    child = process._process
+    process.stop(was_attached=False)
+    assert child.returncode == -15

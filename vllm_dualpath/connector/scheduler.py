@@ -84,8 +84,6 @@ class SchedulerSide:
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
             tracked = self._track(request)
-        if request.num_preemptions:
-            tracked.settled = True
         return self._hits.look(tracked, num_local_tokens)
 
     def allocated(self, request: Request, block_ids: Sequence[int], num_external: int) -> None:

@@ -42,8 +42,10 @@ class MoverProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def ensure_running(self) -> None:
-        """Start a mover unless one runs. Raises ``ConfigError`` if the last one refused its
-        spec.
+        """Start a mover unless one runs.
+
+        Raises ``PeerLost``, once, when the last one ended, so that the caller backs off before the
+        next; ``ConfigError`` if it refused its spec.
         """
         if self._process is not None:
             status = self._process.poll()
@@ -51,14 +53,16 @@ class MoverProcess:
                 return
             self._process = None
             self._raise_config_error(status)
-            logger.warning("mover ended with status %d; see %s", status, self._log_path)
+            raise PeerLost(f"mover ended with status {status}; see {self._log_path}")
         if self._lock():
             self._start()
 
-    def stop(self) -> None:
-        """Wait for the mover to end by itself after the connection closed, then insist."""
+    def stop(self, *, was_attached: bool) -> None:
+        """Wait for the mover to end by itself, as it does when a connection closed; then insist."""
         process, self._process = self._process, None
         if process is not None:
+            if not was_attached:
+                process.terminate()
             try:
                 process.wait(_END_S)
             except subprocess.TimeoutExpired:

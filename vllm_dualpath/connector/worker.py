@@ -109,7 +109,11 @@ class WorkerSide:
         )
         self._started = True
         self._mover.connection.start()
-        self._mover.connection.wait_attached(setup.config.deadlines.attach_s)
+        try:
+            self._mover.connection.wait_attached(setup.config.deadlines.attach_s)
+        except ConfigError:
+            self.shutdown()
+            raise
 
     def shutdown(self) -> None:
         """Finish copies under way, disconnect, let the mover end."""

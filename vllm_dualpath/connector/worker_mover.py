@@ -76,8 +76,9 @@ class WorkerMover:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
+        was_attached = self.connection.boot_id is not None
         self.connection.close()
-        self._process.stop()
+        self._process.stop(was_attached=was_attached)
         self._retire()
 
     def prepare(self) -> None:

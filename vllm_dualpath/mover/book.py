@@ -185,8 +185,7 @@ class TransferBook:
         stalled = ports.storage.stalled_reads(now, deadlines.stage_s)
         stalled_peers = ports.peers.stalled(now, deadlines.stage_s)
         for transfer in self.transfers:
-            if any(transfer.owns(task) for task in stalled):
-                transfer.fail("stalled")
+            transfer.on_stalled(stalled)
             if transfer.peer.boot_id in stalled_peers:
                 transfer.peer_lost()
             if now - transfer.opened_s > deadlines.stuck_warning_s and not transfer.stuck_warned:

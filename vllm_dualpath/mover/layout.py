@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vllm_dualpath.blocks import Geometry
-from vllm_dualpath.config import EngineConfig
+from vllm_dualpath.config import EngineConfig, divide_staging
 from vllm_dualpath.errors import ConfigError
 from vllm_dualpath.messages import MoverSpec
 from vllm_dualpath.mover.staging import SlotPool
@@ -28,17 +28,8 @@ def geometry_of(spec: MoverSpec) -> Geometry:
 def make_pools(
     config: EngineConfig, geometry: Geometry, max_model_len: int
 ) -> tuple[SlotPool, SlotPool]:
-    """Divide the staging memory. Raises ``ConfigError`` if the longest request would not fit."""
-    num_slots = config.staging_bytes // geometry.slot_bytes
-    num_persist = 0 if config.role == "prefill" else config.persist_slots
-    needed = geometry.num_blocks(max_model_len) + num_persist
-    if num_slots < needed:
-        raise ConfigError(
-            f"staging_bytes: {config.staging_bytes} holds {num_slots} slots of"
-            f" {geometry.slot_bytes} bytes; a prompt of max_model_len {max_model_len} and"
-            f" {num_persist} persist slots need {needed}: set staging_bytes to at least"
-            f" {needed * geometry.slot_bytes}, or lower max_model_len"
-        )
+    """The pool of prompts and that of persists. Raises ``ConfigError`` as ``divide_staging``."""
+    division = divide_staging(config, geometry, max_model_len)
     name = "load" if config.role == "both" else config.role
-    persist = SlotPool("persist", num_slots - num_persist, num_persist)
-    return SlotPool(name, 0, num_slots - num_persist), persist
+    prompts = SlotPool(name, 0, division.num_prompt_slots)
+    return prompts, SlotPool("persist", division.num_prompt_slots, division.num_persist_slots)

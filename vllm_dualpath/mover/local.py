@@ -109,8 +109,7 @@ class LocalLoads:
         logger.warning("local load: block %d: %s", idx, error)
         self._ports.counters.load_failures[reason] += 1
         self._ports.counters.corrupt_blocks += reason == "corrupt"
-        if reason != "io_error":
-            self._ports.dropped((load.request.hashes[idx],))
+        self._ports.dropped((load.request.hashes[idx],))
         load.failed_at = idx if load.failed_at is None else min(load.failed_at, idx)
         for later, task in load.tasks.items():
             if later > idx:

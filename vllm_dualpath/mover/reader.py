@@ -89,6 +89,13 @@ class SegmentReader:
         """Whether ``task`` is a read of this reader."""
         return any(mine is task for mine in self._tasks.values())
 
+    def drop_stalled(self, stalled: Sequence[IoTask]) -> None:
+        """Let the index forget blocks whose read hangs: the next request shall not wait for it."""
+        hung = {id(task) for task in stalled if task.started_s is not None}
+        hashes = [self._hashes[block] for block, task in self._tasks.items() if id(task) in hung]
+        if hashes:
+            self._ports.dropped(tuple(hashes))
+
     def _make_task(self, block: int) -> IoTask:
         view = self._ports.slot_view(self._slots[block])
         verify = self._ports.config.verify_checksums
@@ -113,8 +120,8 @@ class SegmentReader:
         logger.warning("transfer %s: block %d: %s", self._key, block, error)
         self._ports.counters.load_failures[reason] += 1
         self._ports.counters.corrupt_blocks += reason == "corrupt"
-        if reason != "io_error":
-            self._ports.dropped((self._hashes[block],))
+        # Also after an I/O error: the next request shall not fail on the same block.
+        self._ports.dropped((self._hashes[block],))
         if block < self._limit:
             self._error = f"{reason}: {error}"
             self.cut(block)

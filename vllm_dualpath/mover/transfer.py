@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from vllm_dualpath.errors import ProtocolError, StagingFull
 from vllm_dualpath.messages import (
@@ -175,9 +176,13 @@ class Transfer(ABC):
         """Over but for the proof that the peer has stopped: its slots are in quarantine."""
         return self._ending and not self.closed and self._peer_may_write() and self._own_done()
 
-    def owns(self, task: IoTask) -> bool:
-        """Whether a stalled read belongs to this transfer."""
-        return self._reader is not None and self._reader.owns(task)
+    def on_stalled(self, stalled: Sequence[IoTask]) -> None:
+        """These reads make no progress, perhaps some of this transfer's."""
+        if self._reader is None or self._failed or self._ending:
+            return
+        if any(self._reader.owns(task) for task in stalled):
+            self._reader.drop_stalled(stalled)
+            self.fail("stalled")
 
     def fail(self, reason: str) -> None:
         """Tell the router, once, that this attempt cannot go on here."""

@@ -62,6 +62,7 @@ class Cluster:
             return f"role: expected prefill or decode, found {hello.role!r}"
         try:
             geometry_of(hello.geometry)
+            check_url(hello.url)
         except ValueError as exc:
             return str(exc)
         others = (engine for engine in self.engines if engine.engine_id != hello.engine_id)

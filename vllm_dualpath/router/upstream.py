@@ -138,13 +138,12 @@ class Upstream:
                 await asyncio.sleep(_PROBE_INTERVAL_S)
 
     async def _probe(self, engine: Engine) -> bool:
-        url = _url(engine, "/health")
         try:
             async with self._session.get(
-                url, timeout=aiohttp.ClientTimeout(total=_PROBE_S)
+                _url(engine, "/health"), timeout=aiohttp.ClientTimeout(total=_PROBE_S)
             ) as response:
                 engine.serving = response.status == 200
-        except (TimeoutError, aiohttp.ClientError, ConnectionError) as exc:
+        except (TimeoutError, aiohttp.ClientError, ConnectionError, ValueError) as exc:
             logger.debug("engine %s does not serve yet: %r", engine.engine_id, exc)
         if engine.serving:
             logger.info("engine %s serves at %s", engine.engine_id, engine.hello.url)

@@ -27,8 +27,7 @@ def _rdma(has_rdma: bool) -> Check:
         "RDMA",
         "warn",
         "none: pushes between hosts go over TCP",
-        "with a device: a UCX with its providers (OFED, HPC-X, libucx0), or"
-        " VLLM_DUALPATH_UCX_LIBRARY",
+        "with a device: a UCX with its providers (OFED, HPC-X, libucx0), or DUALPATH_UCX_LIBRARY",
     )
 
 
