@@ -365,9 +365,11 @@ class Stored(Message, frozen=True):
 
 
 class Dropped(Message, frozen=True):
-    """Blocks that the store no longer has (evicted, corrupt, missing)."""
+    """Blocks that cannot be read from the store."""
 
     hashes: tuple[Hash, ...]
+    gone: bool
+    """They are not there any more (corrupt, missing); else reading them failed and they are."""
 
 
 class SnapshotEnd(Message, frozen=True):

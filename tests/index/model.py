@@ -13,8 +13,10 @@ class NaiveIndex:
 
     def __init__(self) -> None:
         self.entries: dict[bytes, BlockEntry] = {}
+        self.hidden: set[bytes] = set()
 
     def add(self, entry: BlockEntry) -> None:
+        self.hidden.discard(entry.hash)
         known = self.entries.get(entry.hash, entry)
         self.entries[entry.hash] = replace(
             known, last_used_s=max(known.last_used_s, entry.last_used_s)
@@ -22,11 +24,16 @@ class NaiveIndex:
 
     def remove(self, block_hash: bytes) -> None:
         self.entries.pop(block_hash, None)
+        self.hidden.discard(block_hash)
+
+    def hide(self, block_hash: bytes) -> None:
+        if block_hash in self.entries:
+            self.hidden.add(block_hash)
 
     def longest_prefix(self, hashes: Sequence[bytes], now_s: float) -> int:
         num_found = 0
         for block_hash in hashes:
-            if block_hash not in self.entries:
+            if block_hash not in self.entries or block_hash in self.hidden:
                 break
             self.add(replace(self.entries[block_hash], last_used_s=now_s))
             num_found += 1

@@ -54,6 +54,11 @@ class AgainstModel(RuleBasedStateMachine):
         self.index = HitIndex()
         self.model = NaiveIndex()
 
+    @rule(node=NODES)
+    def hide(self, node: int) -> None:
+        self.index.hide(name(node))
+        self.model.hide(name(node))
+
     @rule(node=NODES, last_used_s=TIMES)
     def add(self, node: int, last_used_s: float) -> None:
         known = name(node) in self.model.entries
@@ -82,6 +87,7 @@ class AgainstModel(RuleBasedStateMachine):
     @rule()
     def reload(self) -> None:
         self.index.replace_all(reversed(list(self.index.snapshot())))
+        self.model.hidden.clear()
 
     @invariant()
     def holds_the_same(self) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import secrets
+import time
 from typing import Any
 
 import aiohttp
@@ -520,3 +521,89 @@ async def test_stuck_transfer_is_one_warning(caplog: pytest.LogCaptureFixture) -
         assert "waiting for the end at p" in lines[0]
         harness.p.say(Ended(end.key))
         await harness.idle()
+
+
+async def test_bad_url_of_one_engine() -> None:
+    """An address that nobody can connect to is refused; the router lives on."""
+    async with pair() as harness:
+        running = asyncio.ensure_future(harness.router.run())
+        for name, url in (("x", "http://127.0.0.1:99999"), ("y", "localhost:8000"), ("z", "")):
+            stranger = harness.movers[name] = type(harness.d)(
+                harness, harness.d.server, "decode", engine_id=name, url=url
+            )
+            stranger.start()
+            await harness.until(lambda each=stranger: bool(each.of(Refused)))
+            assert "url: expected" in stranger.of(Refused)[0].reason
+        assert (await harness.post(body()))[0] == 200
+        assert not running.done()
+        running.cancel()
+
+
+async def test_two_engines_of_one_name() -> None:
+    """The first one is told by name why it is out, and does not take the name back."""
+    async with pair() as harness:
+        first = harness.d
+        second = await harness.add("d", "decode")
+        await harness.until(lambda: bool(first.of(Refused)))
+        assert "give each engine a name of its own" in first.of(Refused)[0].reason
+        first.heartbeats = False
+        first.say(first.hello())
+        await harness.until(lambda: len(first.of(Refused)) > 1)
+        assert harness.router.cluster.by_id("d").boot_id == second.boot_id
+        second.heartbeats = False
+        second.say(Goodbye("stopping"))
+        await harness.until(lambda: harness.router.cluster.by_id("d") is None)
+        first.say(first.hello())
+        await harness.until(lambda: harness.serving("d"))
+        await first.stop()
+        await first.server.stop()
+
+
+async def test_new_root_ends_the_transfers_of_its_mover() -> None:
+    """A mover that registers anew under its boot id hears another router: it ends what is open."""
+    async with pair() as harness:
+        harness.p.script = lambda message: isinstance(message, Stage)
+        call = asyncio.ensure_future(harness.post(body()))
+        await harness.until(lambda: bool(harness.d.of(Stage)))
+        harness.d.hello_changes = {"root": bytes([7]) * 32}
+        harness.d.say(harness.d.hello())
+        await harness.until(lambda: len(harness.d.router_boot_ids) == 2)
+        assert harness.d.router_boot_ids[0] != harness.d.router_boot_ids[1]
+        assert (await call)[0] == 200
+        await harness.idle()
+
+
+async def test_silent_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that accepts and never answers delays a request, and is asked no more."""
+    monkeypatch.setattr("vllm_dualpath.router.upstream._ANSWER_S", 0.3)
+    async with pair() as harness:
+        await harness.add("d2", "decode")
+        await harness.d.server.stop()
+        writers: list[asyncio.StreamWriter] = []
+        silent = await asyncio.start_server(
+            lambda _reader, writer: writers.append(writer), "127.0.0.1", harness.d.server.port
+        )
+        for _ in range(2):
+            assert (await harness.post(body(prompt="some text")))[0] == 200
+        assert not harness.serving("d")
+        for writer in writers:
+            writer.close()
+        silent.close()
+
+
+async def test_router_that_stood_still_loses_nobody() -> None:
+    """A blocked event loop hears no heartbeat: that is not the movers' silence."""
+    async with pair() as harness:
+        engines = harness.router.cluster.engines
+        time.sleep(5 * harness.config.heartbeat_s)  # noqa: ASYNC251 - that is the point
+        await asyncio.sleep(2 * harness.config.heartbeat_s)
+        assert harness.router.cluster.engines == engines
+        assert not any(engine.lost.is_set() for engine in engines)
+
+
+async def test_huge_n_takes_no_slots() -> None:
+    """What no message can carry goes to vLLM, which refuses it."""
+    async with pair() as harness:
+        for n in (1 << 33, 1 << 70):
+            assert (await harness.post(body(n=n)))[0] == 200
+        assert harness.d.of(Reserve) == []

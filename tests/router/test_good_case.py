@@ -233,10 +233,15 @@ async def test_stored_and_dropped_blocks_change_the_plan() -> None:
     async with pair() as harness:
         harness.d.say(Stored(tuple(blocks)))
         await harness.until(lambda: harness.router.cluster.stores.num_blocks == 3)
-        harness.p.say(Dropped((blocks[2].hash,)))
+        harness.p.say(Dropped((blocks[2].hash,), gone=True))
         await harness.until(lambda: harness.router.cluster.stores.num_blocks == 2)
         await harness.post(body())
         assert harness.d.of(Stage)[0].num_hit_blocks == 2
+        # Unreadable, not gone: it still takes its place, but is no hit.
+        harness.p.say(Dropped((blocks[1].hash,), gone=False))
+        await harness.post(body())
+        assert harness.d.of(Stage)[1].num_hit_blocks == 1
+        assert harness.router.cluster.stores.num_blocks == 2
 
 
 async def test_dual_reads_where_the_queue_is_shorter() -> None:

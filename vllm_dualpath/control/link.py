@@ -51,6 +51,7 @@ class EngineLink:
         self._on_close = on_close
         self._outgoing: deque[bytes] = deque()
         self._wake_fd = -1
+        self._wake_lock = threading.Lock()
         self._closing = threading.Event()
         self._open = False
         self._thread: threading.Thread | None = None
@@ -104,12 +105,15 @@ class EngineLink:
         self._thread.join(_JOIN_S)
         if self._thread.is_alive():
             raise TransferTimeout(f"thread {self._thread.name} did not end in {_JOIN_S} s")
-        os.close(self._wake_fd)
-        self._wake_fd = -1
+        with self._wake_lock:
+            os.close(self._wake_fd)
+            self._wake_fd = -1
 
     def _wake(self) -> None:
-        if self._wake_fd >= 0:
-            os.eventfd_write(self._wake_fd, 1)
+        # Under a lock: a descriptor closed between look and write may be somebody else's by then.
+        with self._wake_lock:
+            if self._wake_fd >= 0:
+                os.eventfd_write(self._wake_fd, 1)
 
     def _connect_socket(self, deadline: float) -> socket.socket:
         while True:

@@ -26,6 +26,8 @@ class _Node:
     """Tells a node from an earlier one of the same hash that the heap still names."""
     queued: bool = False
     """Whether the heap holds an item of this node."""
+    hidden: bool = False
+    """Stored, but reading it failed: no hit until it is stored again."""
 
 
 class HitIndex:
@@ -62,6 +64,7 @@ class HitIndex:
         node = self._nodes.get(entry.hash)
         if node is not None:
             node.last_used_s = max(node.last_used_s, entry.last_used_s)
+            node.hidden = False
             return False
         node = _Node(entry.parent, entry.num_bytes, entry.last_used_s, self._next_serial)
         self._next_serial += 1
@@ -86,12 +89,18 @@ class HitIndex:
             self._rebuild_heap()
         return True
 
+    def hide(self, block_hash: bytes) -> None:
+        """A block takes its place in the store but cannot be read: no hit until added anew."""
+        node = self._nodes.get(block_hash)
+        if node is not None:
+            node.hidden = True
+
     def longest_prefix(self, hashes: Sequence[bytes], now_s: float) -> int:
         """How many leading ``hashes`` are stored; counts as a use of each of those at ``now_s``."""
         nodes = self._nodes
         for num_found, block_hash in enumerate(hashes):
             node = nodes.get(block_hash)
-            if node is None:
+            if node is None or node.hidden:
                 return num_found
             if node.last_used_s < now_s:
                 node.last_used_s = now_s

@@ -76,6 +76,8 @@ class LocalLoads:
         for load in list(self._loads.values()):
             if not load.answered and any(task in stalled for task in load.tasks.values()):
                 ports.counters.load_failures["stalled"] += 1
+                hung = [idx for idx, task in load.tasks.items() if task.started_s is not None]
+                ports.dropped(tuple(load.request.hashes[idx] for idx in hung), False)
                 for task in load.tasks.values():
                     ports.storage.cancel(task)
                 self._reply(load, self._leading(load))
@@ -109,7 +111,7 @@ class LocalLoads:
         logger.warning("local load: block %d: %s", idx, error)
         self._ports.counters.load_failures[reason] += 1
         self._ports.counters.corrupt_blocks += reason == "corrupt"
-        self._ports.dropped((load.request.hashes[idx],))
+        self._ports.dropped((load.request.hashes[idx],), reason != "io_error")
         load.failed_at = idx if load.failed_at is None else min(load.failed_at, idx)
         for later, task in load.tasks.items():
             if later > idx:
@@ -148,11 +150,14 @@ class LocalIndex:
             self._writer.add(block.hash)
         self._evict()
 
-    def discard(self, hashes: tuple[bytes, ...]) -> None:
-        """The store has these no more."""
+    def drop(self, hashes: tuple[bytes, ...], gone: bool) -> None:
+        """These cannot be read; those that are not gone still take their place in the store."""
         for block_hash in hashes:
-            self._index.remove(block_hash)
             self._writer.discard(block_hash)
+            if gone:
+                self._index.remove(block_hash)
+            else:
+                self._index.hide(block_hash)
 
     def touch(self, hashes: tuple[bytes, ...]) -> None:
         """These were asked for: they are the most recently used."""
@@ -163,7 +168,7 @@ class LocalIndex:
         if quota is None or self._index.total_bytes <= quota:
             return
         victims = tuple(self._index.choose_victims(quota, _pin_nothing))
-        self.discard(victims)
+        self.drop(victims, gone=True)
         evict(self._ports, victims)
 
 

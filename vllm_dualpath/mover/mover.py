@@ -260,10 +260,10 @@ class Mover:
             self._index.add(blocks)
         self._tell_router(Stored(blocks))
 
-    def _dropped(self, hashes: tuple[bytes, ...]) -> None:
+    def _dropped(self, hashes: tuple[bytes, ...], gone: bool) -> None:
         if self._index is not None:
-            self._index.discard(hashes)
-        self._tell_router(Dropped(hashes))
+            self._index.drop(hashes, gone)
+        self._tell_router(Dropped(hashes, gone))
 
     # --- the engine ------------------------------------------------------------------------------
 

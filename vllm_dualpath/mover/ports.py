@@ -38,8 +38,8 @@ class Ports:
     tell_router: Callable[[MoverMessage], None]
     stored: Callable[[tuple[StoredBlock, ...]], None]
     """The store has these blocks now."""
-    dropped: Callable[[tuple[bytes, ...]], None]
-    """The store was found not to have these blocks."""
+    dropped: Callable[[tuple[bytes, ...], bool], None]
+    """These blocks cannot be read; whether because they are gone."""
     closed: Callable[[TransferKey], None]
     """A transfer has ended and holds nothing any more."""
 

@@ -94,7 +94,7 @@ class SegmentReader:
         hung = {id(task) for task in stalled if task.started_s is not None}
         hashes = [self._hashes[block] for block, task in self._tasks.items() if id(task) in hung]
         if hashes:
-            self._ports.dropped(tuple(hashes))
+            self._ports.dropped(tuple(hashes), False)
 
     def _make_task(self, block: int) -> IoTask:
         view = self._ports.slot_view(self._slots[block])
@@ -121,7 +121,7 @@ class SegmentReader:
         self._ports.counters.load_failures[reason] += 1
         self._ports.counters.corrupt_blocks += reason == "corrupt"
         # Also after an I/O error: the next request shall not fail on the same block.
-        self._ports.dropped((self._hashes[block],))
+        self._ports.dropped((self._hashes[block],), reason != "io_error")
         if block < self._limit:
             self._error = f"{reason}: {error}"
             self.cut(block)

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 from vllm_dualpath.messages import PROTOCOL_VERSION, Hello, Message, TransferKey
 from vllm_dualpath.policy import ClusterSnapshot
-from vllm_dualpath.router.engine import Engine, geometry_of
+from vllm_dualpath.router.engine import Engine, check_url, geometry_of
 from vllm_dualpath.router.stores import Stores
 from vllm_dualpath.router.transfer import Transfer
 
@@ -101,6 +101,11 @@ class Cluster:
     def silent(self, now_s: float, limit_s: float) -> list[Engine]:
         """Engines whose last heartbeat is older than ``limit_s``."""
         return [engine for engine in self.engines if now_s - engine.last_seen_s > limit_s]
+
+    def excuse_silence(self, duration_s: float) -> None:
+        """Let ``duration_s`` of every engine's silence not count."""
+        for engine in self._engines.values():
+            engine.last_seen_s += max(0.0, duration_s)
 
     def notify(self) -> None:
         """Wake whoever waits for an engine."""

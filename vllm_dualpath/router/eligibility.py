@@ -11,6 +11,9 @@ from typing import Any
 
 Body = Mapping[str, Any]
 
+_MAX_COUNT = 1 << 24
+"""The slot table counts claims, so ``n``, in 24 bits."""
+
 _TEXT_PART_KEYS = frozenset({"type", "text", "cache_control"})
 
 
@@ -53,9 +56,12 @@ def _is_text(content: object) -> bool:
 
 
 def _odd_counts(body: Body) -> bool:
-    """``n`` or a token limit is no whole positive number: vLLM's to judge."""
+    """``n`` or a token limit is no positive number of a sensible size: vLLM's to judge."""
     values = (body.get("n"), body.get("max_tokens"), body.get("max_completion_tokens"))
-    return any(value is not None and (type(value) is not int or value < 1) for value in values)
+    return any(
+        value is not None and (type(value) is not int or not 0 < value < _MAX_COUNT)
+        for value in values
+    )
 
 
 def _odd_salt(body: Body) -> bool:

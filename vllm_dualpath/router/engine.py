@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
+from yarl import URL
+
 from vllm_dualpath.blocks import Geometry
 from vllm_dualpath.messages import GeometrySpec, Hello, MoverStats
 from vllm_dualpath.policy import EngineLoad
@@ -20,6 +22,16 @@ def geometry_of(spec: GeometrySpec) -> Geometry:
         spec.kv_heads,
         spec.kv_dtype,
     )
+
+
+def check_url(url: str) -> None:
+    """Raise ``ValueError`` unless requests can be sent to ``url``."""
+    try:
+        host = URL(url).host if url.startswith(("http://", "https://")) else None
+    except ValueError as exc:
+        raise ValueError(f"url: expected http://host:port, found {url!r}: {exc}") from exc
+    if not host:
+        raise ValueError(f"url: expected http://host:port, found {url!r}")
 
 
 @dataclass(slots=True, eq=False)

@@ -85,6 +85,8 @@ class Flow:
             return await self._alone(reason)
         ids = await self._token_ids(body)
         if ids is None:
+            # The engine that was asked for them may have been lost by that.
+            await self._core.cluster.wait_for_decode(self._core.config.engine_wait_s)
             return await self._alone("no prefill engine, another model, or no token ids")
         return await self._with_transfer(body, ids)
 

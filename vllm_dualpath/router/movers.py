@@ -52,7 +52,11 @@ class Movers:
         self._stuck_warning_s = stuck_warning_s
         self._boot_id = secrets.token_bytes(16)
         self._new_boot_ids: dict[bytes, bytes] = {}
-        """Movers given up for silence: to them this router is another one from then on."""
+        """Movers given up for silence, or registered anew under their old boot id: to them this
+        router is another one from then on, so they end the transfers that they still have.
+        """
+        self._replaced: dict[bytes, str] = {}
+        """Boot ids whose engine id another mover has taken."""
         self._outbox: asyncio.Queue[tuple[bytes, bytes]] = asyncio.Queue()
         self._loads_changed = asyncio.Event()
 
@@ -116,8 +120,10 @@ class Movers:
         if engine is None:
             # Welcomed by a router before this one, or given up for silence: another router boot id
             # makes it end its transfers and say Hello again.
-            if not isinstance(message, Goodbye):
-                self._post(identity, Pong(self._boot_id_for(identity)))
+            if isinstance(message, Goodbye):
+                return
+            taken = self._name_taken(identity)
+            self._post(identity, Refused(taken) if taken else Pong(self._boot_id_for(identity)))
             return
         engine.last_seen_s = asyncio.get_running_loop().time()
         if isinstance(message, Load):
@@ -138,13 +144,18 @@ class Movers:
             raise ProtocolError(
                 f"Hello of {hello.engine_id} with another boot id than its socket's"
             )
-        refusal = self._cluster.refusal(hello)
+        refusal = self._name_taken(identity) or self._cluster.refusal(hello)
         if refusal:
             logger.error("engine %s refused: %s", hello.engine_id, refusal)
             self._post(identity, Refused(refusal))
             return
         known = self._cluster.by_id(hello.engine_id)
         if known is not None and _must_restart(known.hello, hello):
+            if known.boot_id == identity:
+                # Its transfers fail here and now: nobody will say End for them.
+                self._new_boot_ids[identity] = secrets.token_bytes(16)
+            else:
+                self._replaced[known.boot_id] = hello.engine_id
             self._remove(known, "registered again", logging.INFO)
         engine = self._cluster.join(hello, asyncio.get_running_loop().time())
         state = self._cluster.stores.state(hello)
@@ -167,6 +178,20 @@ class Movers:
     def _welcome(self, identity: bytes, send_snapshot: bool) -> Welcome:
         boot_id = self._boot_id_for(identity)
         return Welcome(PROTOCOL_VERSION, boot_id, self._heartbeat_s, send_snapshot)
+
+    def _name_taken(self, identity: bytes) -> str:
+        """Why a mover that was replaced but still lives may not come back; empty if it may."""
+        engine_id = self._replaced.get(identity)
+        if engine_id is None:
+            return ""
+        other = self._cluster.by_id(engine_id)
+        if other is None:
+            del self._replaced[identity]
+            return ""
+        return (
+            f"name: another engine, at {other.hello.url}, registered as {engine_id} later;"
+            " give each engine a name of its own"
+        )
 
     def _boot_id_for(self, identity: bytes) -> bytes:
         return self._new_boot_ids.get(identity, self._boot_id)
@@ -203,8 +228,12 @@ class Movers:
 
     async def _watch(self) -> None:
         loop = asyncio.get_running_loop()
+        pause_s = self._heartbeat_s / 2
         while True:
-            await asyncio.sleep(self._heartbeat_s / 2)
+            started_s = loop.time()
+            await asyncio.sleep(pause_s)
+            # While this process stood still (stopped, or busy with a huge body) it heard nobody.
+            self._cluster.excuse_silence(loop.time() - started_s - pause_s)
             limit_s = _MISSED_HEARTBEATS * self._heartbeat_s
             for engine in self._cluster.silent(loop.time(), limit_s):
                 self._new_boot_ids[engine.boot_id] = secrets.token_bytes(16)

@@ -92,6 +92,8 @@ class Placer:
         use_hits: bool,
     ) -> Placement | None:
         snapshot = self._cluster.snapshot(group)
+        if len(token_ids) > max(load.capacity_tokens for load in snapshot.prefill):
+            return None  # before hashing what may be millions of tokens
         hello = self._engine(snapshot.prefill[0].engine_id).hello
         block_tokens = hello.geometry.block_tokens
         root = hello.root if cache_salt is None else chain_root(hello.root, cache_salt)

@@ -65,7 +65,10 @@ class Stores:
     def dropped(self, source: Engine, message: Dropped) -> None:
         index = self.state(source.hello).index
         for block_hash in message.hashes:
-            index.remove(block_hash)
+            if message.gone:
+                index.remove(block_hash)
+            else:
+                index.hide(block_hash)
 
     def snapshot_ended(self, source: Engine) -> None:
         state = self.state(source.hello)

@@ -66,7 +66,7 @@ class Tokenizer:
         self, engine: Engine, path: str, body: Mapping[str, Any], headers: Mapping[str, str]
     ) -> tuple[int, bytes]:
         try:
-            status, _, content = await self._upstream.fetch(engine, path, headers, body)
+            status, _, content = await self._upstream.fetch_soon(engine, path, headers, body)
         except PeerLost as exc:
             logger.warning("%s", exc)
             return 503, b""
@@ -164,7 +164,9 @@ class ModelNames:
 
     async def _ask(self, engine: Engine, headers: Mapping[str, str]) -> frozenset[str]:
         try:
-            status, _, content = await self._upstream.fetch(engine, "/v1/models", headers, None)
+            status, _, content = await self._upstream.fetch_soon(
+                engine, "/v1/models", headers, None
+            )
             models = json.loads(content)["data"] if status == 200 else []
             return frozenset(model["id"] for model in models if model.get("parent") is None)
         except (PeerLost, ValueError, KeyError, TypeError, AttributeError) as exc:

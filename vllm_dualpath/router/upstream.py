@@ -25,6 +25,8 @@ _CONNECT_S = 5.0
 _KEEPALIVE_S = 2.0
 """Shorter than the 5 s of vLLM's server: none is reused just while the server closes it."""
 _PROBE_S = 5.0
+_ANSWER_S = 10.0
+"""Engines tokenize the longest prompts within seconds."""
 _PROBE_INTERVAL_S = 0.5
 
 
@@ -107,6 +109,16 @@ class Upstream:
             response.close()
             raise
         return Answer(engine, response, first, streamed)
+
+    async def fetch_soon(
+        self, engine: Engine, path: str, headers: Mapping[str, str], body: Mapping[str, Any] | None
+    ) -> tuple[int, str, bytes]:
+        """As ``fetch``, for what takes no generation: an engine that is silent is a lost one."""
+        try:
+            return await asyncio.wait_for(self.fetch(engine, path, headers, body), _ANSWER_S)
+        except TimeoutError as exc:
+            self._doubt(engine)
+            raise PeerLost(f"{engine.engine_id}: no answer to {path} in {_ANSWER_S:.0f} s") from exc
 
     async def fetch(
         self, engine: Engine, path: str, headers: Mapping[str, str], body: Mapping[str, Any] | None

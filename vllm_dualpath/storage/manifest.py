@@ -48,13 +48,14 @@ def _publish(path: Path, text: str) -> None:
     """Make ``path`` appear whole; of two starting at once the first wins, both compare with it."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
     try:
-        temporary.write_text(text)
-        os.link(temporary, path)
-    except FileExistsError:
-        return
-    except OSError:
-        # Some network and FUSE file systems have no hard links; the last of two wins there.
-        temporary.replace(path)
+        temporary.write_text(text)  # a full disk must not leave half a manifest under its name
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return
+        except OSError:
+            # Some network and FUSE file systems have no hard links; the last of two wins there.
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
