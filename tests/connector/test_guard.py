@@ -86,11 +86,14 @@ def test_scheduler_hooks_swallow_and_count():
         ((41, True), 0, (0, False)),
         ((-1, True), 0, (0, False)),
         ((0, True), 0, (0, False)),
+        ((0, False), 60, (0, False)),
     ],
 )
 def test_hits_are_bounded(answer, local, expected):
     """A synchronous hit never covers the prompt, no hit exceeds it, zero is never asynchronous."""
-    assert GuardedScheduler(Answering(answer)).matched(Prompt(), local) == expected
+    side = Answering(answer)
+    assert GuardedScheduler(side).matched(Prompt(), local) == expected
+    assert bool(side.recorder.take()) == (expected[0] != max(answer[0], 0) or answer[0] < 0)
 
 
 def test_completions_are_reported_once_and_only_when_vllm_waits():

@@ -306,3 +306,17 @@ def test_mixed_batch(engine, is_async):
         assert e.mover.saved_pages(key_of(params)) == pages(2 * num_hits, last)
         e.check_staged(prompt, slots, 0)
     e.check_ended()
+
+
+def test_reset_ends_the_saves(engine):
+    """Pages computed after a reset are another model's: none goes to the old transfer."""
+    e = engine("prefill", max_num_batched_tokens=16, enable_chunked_prefill=True)
+    params = publish(e, 0)
+    e.add("r", PROMPT, 1, params)
+    e.step()
+    num_saved = len(e.mover.wait_for(Saved, NUM_LAYERS))
+    e.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+    e.run()
+    assert len(e.mover.of(Saved)) == num_saved
+    e.check_output("r", 1)
+    e.check_ended()

@@ -204,3 +204,20 @@ def test_failed_blocks_leave_the_prefix_cache(engine):
     e.run(4000)
     e.check_output("s", 2)
     e.check_ended()
+
+
+def test_reset_between_ask_and_allocation(engine):
+    """A request that was told of hits and then waited loads nothing of the old model's."""
+    e = engine("both", num_blocks=14)
+    e.add("big", [60 + i % 20 for i in range(24)], 8)
+    e.step()
+    index(e)
+    e.add("r", PROMPT, 2)
+    e.step()
+    assert e.side._tracked["r"].answer
+    assert e.connector.reset_cache()
+    e.abort("big")
+    e.run()
+    assert not e.mover.of(LocalLoad)
+    e.check_output("r", 2)
+    e.check_ended()

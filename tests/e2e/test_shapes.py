@@ -89,8 +89,12 @@ def test_a_cache_salt_has_its_own_blocks(llama: Deployment, llama_reference: Ref
 
 
 def test_two_samples_of_one_prompt(llama: Deployment, llama_reference: Reference) -> None:
-    """n=2: both take the same slots, and give what plain vLLM samples from the same seed."""
-    prompt = token_ids("two samples", 200)
+    """n=2: both take the same slots, and give what plain vLLM samples from the same seed.
+
+    Short enough that both fit one step: a seeded request whose prefill is cut in two kills vLLM
+    0.32 on a CPU ("CPU Generator does not use offset").
+    """
+    prompt = token_ids("two samples", 120)
     options: dict[str, object] = {"n": 2, "temperature": 1.0, "seed": 7}
     expected = llama_reference.ask(prompt, 12, **options).choices
     assert len(set(expected)) == 2

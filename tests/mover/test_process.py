@@ -304,3 +304,16 @@ def test_keys(tmp_path: Path, store_dir: Path) -> None:
         assert identity == mover.boot_id
         mover.close()
         assert mover.process.returncode == 0
+
+
+def test_evict_by_another_mover_of_the_router(cluster: Cluster) -> None:
+    """Whichever mover the router asks removes the blocks: the lease is the router's."""
+    prompt = cluster.prompt(40, 5)
+    store = open_test_store(cluster.store)
+    for mover, block_hash in (
+        (cluster.decode, prompt.hashes[4]),
+        (cluster.prefill, prompt.hashes[3]),
+    ):
+        cluster.router.send(mover, Evict((block_hash,)))
+        wait_for(lambda block=block_hash: not store.contains(block), "block is still there")
+    store.close()

@@ -561,7 +561,7 @@ async def test_two_engines_of_one_name() -> None:
 
 async def test_new_root_ends_the_transfers_of_its_mover() -> None:
     """A mover that registers anew under its boot id hears another router: it ends what is open."""
-    async with pair() as harness:
+    async with pair(engine_wait_s=5) as harness:
         harness.p.script = lambda message: isinstance(message, Stage)
         call = asyncio.ensure_future(harness.post(body()))
         await harness.until(lambda: bool(harness.d.of(Stage)))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -277,6 +278,19 @@ class TestOpening:
             manifest.write_text(text)
             with pytest.raises(ConfigError, match="not a manifest"):
                 open_store(f"file://{tmp_path}", FINGERPRINT, GEOMETRY)
+
+    def test_a_full_disk_at_the_first_start_spoils_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def half_written(path: Path, text: str) -> int:
+            path.write_bytes(text[:9].encode())
+            raise OSError(errno.ENOSPC, "no space left on device")
+
+        with monkeypatch.context() as full_disk:
+            full_disk.setattr(Path, "write_text", half_written)
+            with pytest.raises(ConfigError, match="no space left"):
+                open_store(f"file://{tmp_path}", FINGERPRINT, GEOMETRY)
+        open_store(f"file://{tmp_path}", FINGERPRINT, GEOMETRY)
 
     def test_the_manifest_is_readable_and_keeps_what_its_maker_added(self, tmp_path: Path) -> None:
         open_store(f"file://{tmp_path}", FINGERPRINT, GEOMETRY, {"model": "tiny"})

@@ -65,12 +65,14 @@ class GuardedScheduler:
             "matched", lambda: self.side.matched(request, num_local_tokens), (0, False)
         )
         num_tokens, is_async = answer
+        if num_tokens == 0:
+            return 0, False  # also where vLLM holds more than the prompt, after a preemption
         most = request.num_prompt_tokens - num_local_tokens - (not is_async)
         if not 0 <= num_tokens <= most:
             logger.error("a hit of %d tokens, at most %d can be: dropped", num_tokens, most)
             self._recorder_count()
             return 0, False
-        return num_tokens, is_async and num_tokens > 0
+        return num_tokens, is_async
 
     def allocated(self, request: Request, block_ids: Sequence[int], num_external: int) -> None:
         """A taken hit that cannot be ordered must fail aloud, or vLLM would wait or read

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from vllm.v1.kv_cache_interface import KVCacheSpec, UniformTypeKVCacheSpecs
 
 from vllm_dualpath.blocks import Geometry, chain_root
+from vllm_dualpath.config import divide_staging
 from vllm_dualpath.connector.weights import weights_digest
 from vllm_dualpath.errors import ConfigError
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-    from vllm_dualpath.config import EngineConfig, divide_staging
+    from vllm_dualpath.config import EngineConfig
 
 DEFAULT_BLOCK_TOKENS = 64
 

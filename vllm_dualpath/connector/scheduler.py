@@ -188,6 +188,13 @@ class SchedulerSide:
         self._root = os.urandom(32)
         self._epoch += 1
         self._mover.change_root(self._root)
+        for request_id, tracked in list(self._tracked.items()):
+            if tracked.settled:
+                tracked.claimed = None  # its next pages are another model's: none is saved
+            else:
+                # What it was told of hits is over: it is tracked anew when it is asked about again.
+                self._hits.release(tracked)
+                del self._tracked[request_id]
         logger.info("cache reset: earlier blocks of the store are not used any more")
 
     def take_stats(self) -> DualPathStats | None:

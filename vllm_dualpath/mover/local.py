@@ -178,18 +178,28 @@ def _pin_nothing(_block_hash: bytes) -> bool:
 
 
 _LEASE_S = 60.0
+_RETRY_S = 20.0
 
 
 def evict(ports: Ports, hashes: tuple[bytes, ...]) -> None:
-    """Remove blocks in the background, if nobody else holds the store's eviction lease."""
+    """Remove blocks in the background; later, while somebody else holds the store's lease.
+
+    The index has forgotten them already, so giving up would leave them on the disk for ever. All
+    movers of one router are one owner: it is the router that decides.
+    """
+    owner = ports.config.router or ports.engine_id
+    leased = False
 
     def remove() -> int:
-        if not ports.store.acquire_eviction_lease(ports.engine_id, _LEASE_S):
-            raise StorageError("another owner holds the eviction lease")
-        return sum(ports.store.remove(block_hash) for block_hash in hashes)
+        nonlocal leased
+        leased = ports.store.acquire_eviction_lease(owner, _LEASE_S)
+        return sum(map(ports.store.remove, hashes)) if leased else 0
 
     def done(task: IoTask) -> None:
-        if task.error is not None:
+        if task.error is None and not leased:
+            logger.info("eviction of %d blocks waits for another owner's lease", len(hashes))
+            ports.loop.call_later(_RETRY_S, partial(evict, ports, hashes))
+        elif task.error is not None:
             logger.warning("eviction of %d blocks failed: %s", len(hashes), task.error)
         else:
             logger.info("evicted %d blocks, %d bytes", len(hashes), task.num_bytes)

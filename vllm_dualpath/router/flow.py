@@ -78,15 +78,13 @@ class Flow:
 
     async def _answer(self) -> web.StreamResponse:
         if not await self._core.cluster.wait_for_decode(self._core.config.engine_wait_s):
-            return await self._alone("no decode engine is registered")
+            return await self._alone("no decode engine is registered", waited=True)
         body = self._body
         reason = "the body is no JSON object" if body is None else alone_reason(body)
         if body is None or reason:
             return await self._alone(reason)
         ids = await self._token_ids(body)
         if ids is None:
-            # The engine that was asked for them may have been lost by that.
-            await self._core.cluster.wait_for_decode(self._core.config.engine_wait_s)
             return await self._alone("no prefill engine, another model, or no token ids")
         return await self._with_transfer(body, ids)
 
@@ -227,8 +225,13 @@ class Flow:
 
     # --- without ---
 
-    async def _alone(self, reason: str, preferred: Engine | None = None) -> web.StreamResponse:
+    async def _alone(
+        self, reason: str, preferred: Engine | None = None, *, waited: bool = False
+    ) -> web.StreamResponse:
         """Let one decode engine handle the request by itself; another one if it does not answer."""
+        if not waited:
+            # The only one may have been lost, or have registered anew, since the request came.
+            await self._core.cluster.wait_for_decode(self._core.config.engine_wait_s)
         logger.debug("request %s goes alone: %s", self._headers["X-Request-Id"], reason)
         # A preferred engine that does not serve any more has just been tried.
         tried = {preferred} if preferred is not None and not preferred.serving else set()
