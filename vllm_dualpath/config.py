@@ -139,7 +139,7 @@ class RouterConfig(_Frozen):
     )
     keys: Path | None = Field(None, description="CURVE key directory; required off loopback")
     insecure: bool = Field(False, description="allow unauthenticated control off loopback")
-    max_body_bytes: int = Field(64 << 20, gt=0, description="largest request body accepted")
+    max_body_bytes: int = Field(8 << 20, gt=0, description="largest request body accepted")
     engine_wait_s: float = Field(
         5.0, ge=0, description="a request waits this long for a lost engine"
     )

@@ -424,6 +424,10 @@ class Attach(Message, frozen=True):
     pid: Index
 
 
+class Mapped(Message, frozen=True):
+    """The worker has mapped the staging memory: from now on loads from it cannot fail."""
+
+
 class Saved(Message, frozen=True):
     """Pages ``[first_page, last_page)`` of the prompt, one layer, lie in the outgoing slots."""
 
@@ -474,6 +478,7 @@ class RootChanged(Message, frozen=True):
 
 EngineMessage = (
     Attach
+    | Mapped
     | Saved
     | Release
     | Persist

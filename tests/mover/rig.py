@@ -203,7 +203,7 @@ class Side:
             counters=counters,
             tell_router=self.told.append,
             stored=lambda _blocks: None,
-            dropped=lambda _hashes: None,
+            dropped=lambda _hashes, _gone: None,
             closed=self.book.closed,
         )
         self.ports: Ports = ports

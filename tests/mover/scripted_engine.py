@@ -30,6 +30,7 @@ from vllm_dualpath.messages import (
     Hello,
     LocalMessage,
     LocalStats,
+    Mapped,
     MoverSpec,
     Peer,
     Release,
@@ -53,6 +54,7 @@ class ScriptedEngine:
         for fd in more:
             os.close(fd)
         self.staging = mmap.mmap(fds[0], self.attached.staging_bytes)
+        self.worker.send(Mapped())
         table = mmap.mmap(fds[1], 0, prot=mmap.PROT_READ)
         self.index_map = mmap.mmap(fds[3], 0, prot=mmap.PROT_READ) if len(fds) > 3 else None
         self.table = SlotTableReader(

@@ -243,8 +243,22 @@ async def test_no_commit_in_time() -> None:
         status, _ = await harness.post(body())
         assert status == 200
         assert harness.bodies("d:leg") == [body()]
-        await ends_without_drain(harness)
+        await harness.idle()
+        # What the prefill engine has saved is still pushed until the transfer is given up.
+        assert [[end.drain for end in mover.of(End)] for mover in (harness.p, harness.d)] == [
+            [True],
+            [False],
+        ]
         assert await count_of(harness, 'dualpath_router_attempts_failed_total{reason="ready"}')
+
+
+async def test_no_commit_after_the_prefill_side_has_ended() -> None:
+    """Nothing will be pushed any more: the commit is not waited for until its deadline."""
+    async with pair(deadlines={"commit_s": 50.0}) as harness:
+        harness.p.server.behaviour = harness.p.server.answer
+        status, _ = await harness.post(body())
+        assert status == 200
+        assert harness.bodies("d:leg") == [body()]
 
 
 async def test_failure_during_the_prefill_leg_cancels_it() -> None:

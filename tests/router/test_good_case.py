@@ -23,7 +23,7 @@ def body(**changes: object) -> dict[str, object]:
 
 
 async def test_order_of_a_transfer() -> None:
-    """Decode slots before prefill slots, Stage to both at once, legs in order, D's end last."""
+    """Decode slots before prefill slots, Stage to both at once, each leg before its end."""
     async with pair(stored_blocks(IDS, 3)) as harness:
         status, content = await harness.post(body())
         assert status == 200
@@ -34,7 +34,9 @@ async def test_order_of_a_transfer() -> None:
         assert set(events[2:4]) == {"p:Stage", "d:Stage"}
         assert events[4:] == ["p:leg", "d:leg"]
         assert [end.drain for end in harness.p.of(End) + harness.d.of(End)] == [True, True]
-        assert harness.events("End", "leg")[-1] == "d:End"
+        ends = harness.events("End", "leg")
+        assert ends.index("p:leg") < ends.index("p:End")
+        assert ends.index("d:leg") < ends.index("d:End")
 
 
 async def test_stage_tells_everything() -> None:
@@ -239,6 +241,11 @@ async def test_stored_and_dropped_blocks_change_the_plan() -> None:
         assert harness.d.of(Stage)[0].num_hit_blocks == 2
         # Unreadable, not gone: it still takes its place, but is no hit.
         harness.p.say(Dropped((blocks[1].hash,), gone=False))
+        # Heard in order: once this one has gone, the one before has been taken in.
+        harness.p.say(Dropped((blocks[0].hash,), gone=True))
+        await harness.until(lambda: harness.router.cluster.stores.num_blocks == 1)
+        harness.p.say(Stored((blocks[0],)))
+        await harness.until(lambda: harness.router.cluster.stores.num_blocks == 2)
         await harness.post(body())
         assert harness.d.of(Stage)[1].num_hit_blocks == 1
         assert harness.router.cluster.stores.num_blocks == 2

@@ -15,7 +15,7 @@ from vllm_dualpath.connector.copies import CopyEngine
 from vllm_dualpath.connector.paging import PagedCaches
 from vllm_dualpath.connector.staging import Staging
 from vllm_dualpath.connector.supervisor import MoverProcess
-from vllm_dualpath.messages import Attached, LocalMessage, MoverSpec
+from vllm_dualpath.messages import Attached, LocalMessage, Mapped, MoverSpec
 
 logger = init_logger("vllm.dualpath.worker")
 
@@ -91,6 +91,7 @@ class WorkerMover:
         with self._changed:
             self._staging = staging
             self._changed.notify_all()
+        self.connection.send_surely(attached.boot_id, Mapped())
 
     def received(self, message: LocalMessage) -> None:
         self._on_message(message)

@@ -26,6 +26,7 @@ from vllm_dualpath.messages import (
     LocalLoad,
     LocalLoadDone,
     LocalLoaded,
+    Mapped,
     MoverMessage,
     MoverSpec,
     Peer,
@@ -291,10 +292,13 @@ class Mover:
     def _on_attached(self, kind: str) -> None:
         if kind == "scheduler":
             self._grant_persist_slots()
-        elif self._router is None and self._config.router is not None:
-            self._join_router()
 
     def _on_engine_message(self, message: EngineMessage) -> None:
+        if isinstance(message, Mapped):
+            # Not before: a leg's load must find its pages mapped.
+            if self._router is None and self._config.router is not None:
+                self._join_router()
+            return
         self._watch.start()
         match message:
             case Saved():

@@ -158,9 +158,9 @@ class Flow:
             if status != 200:
                 self._outcome = reason = "rejected"
                 return _pass_on(status, content_type, content)
+            transfer.end_prefill(drain=True, reason="the leg has returned")
             if not await transfer.wait_committed():
                 return None
-            transfer.end_prefill(drain=True, reason="committed")
             cached = max(
                 transfer.num_hit_blocks * transfer.decode.hello.geometry.block_tokens,
                 reported_cached_tokens(content),

@@ -39,6 +39,8 @@ PEER_LOST = "peer_lost"
 
 Send = Callable[[Engine, Message], None]
 
+_COMMIT_AFTER_END_S = 1.0
+"""A commit may be on its way when the prefill side's end arrives."""
 _IDLE_FACTOR = 2.0
 """Movers watch the same deadlines more closely; the router steps in only where a mover did not."""
 _TOTAL_FACTOR = 10.0
@@ -146,9 +148,15 @@ class Transfer:
         return self.failure is None
 
     async def wait_committed(self) -> bool:
-        """Wait for the decode side's commit, at most ``commit_s``; False when it does not come."""
+        """Wait for the decode side's commit, at most ``commit_s``; False when it does not come.
+
+        The prefill side has been told to end: once it has, every page it will ever push has
+        arrived, and the commit comes at once or never.
+        """
         ends_s = self._clock() + self._deadlines.commit_s
         while self.state is State.READY:
+            if self.prefill.boot_id not in self._unended:
+                ends_s = min(ends_s, self._clock() + _COMMIT_AFTER_END_S)
             left_s = ends_s - self._clock()
             if left_s <= 0:
                 self.fail("no commit in time")
