@@ -81,7 +81,9 @@ PUSH_BYTES = Metric(
     ("direction",),
 )
 HIT_TOKENS = Metric(
-    "vllm:dualpath_hit_tokens", "counter", "Prompt tokens loaded from the store, not computed."
+    "vllm:dualpath_hit_tokens",
+    "counter",
+    "Prompt tokens loaded from the store; on the engine that would have computed them.",
 )
 PROMPT_TOKENS = Metric(
     "vllm:dualpath_prompt_tokens", "counter", "Prompt tokens of requests the connector looked at."

@@ -58,18 +58,24 @@ def test_version_and_help() -> None:
     assert run("up", "--help") == 0
 
 
-def test_serve_becomes_vllm_with_the_connector_filled_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_becomes_vllm_with_the_connector_filled_in(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Our flags go into --kv-transfer-config, all others to vLLM in their order."""
     started: list[Sequence[str]] = []
     monkeypatch.setattr(os, "execv", lambda _, command: started.append(command))
-    main_arguments = ["serve", "M", "--store", "file:///kv", "--staging-bytes", "4096"]
+    store = f"file://{tmp_path}"
+    assert run("serve", "M", "--store", f"{store}/missing") == 2
+    assert "missing is not a directory" in capsys.readouterr().err
+    assert not started
+    main_arguments = ["serve", "M", "--store", store, "--staging-bytes", "4096"]
     main_arguments += ["--config-json", '{"store_threads": 2}', "--port", "8001", "--enforce-eager"]
     assert run(*main_arguments) == 0
     command = list(started[0])
     config = json.loads(command[command.index("--kv-transfer-config") + 1])
     assert config["kv_connector_extra_config"] == {
         "role": "both",
-        "store": "file:///kv",
+        "store": store,
         "staging_bytes": 4096,
         "store_threads": 2,
     }

@@ -94,7 +94,9 @@ class SchedulerSide:
         tracked.settled = True
         if num_external:
             self._hits.taken(tracked, block_ids, self._orders)
-            self.recorder.count(metrics.HIT_TOKENS, num_external)
+            # A decode engine loads what the prefill engine has read or computed: counted there.
+            if not isinstance(self._hits, DecodeHits):
+                self.recorder.count(metrics.HIT_TOKENS, num_external)
         else:
             self._hits.turned_down(tracked)
         self._note_activity()
