@@ -20,6 +20,7 @@ from typing import Annotated, ClassVar, TypeVar
 
 import msgspec
 
+from vllm_dualpath.blocks import Geometry
 from vllm_dualpath.errors import ProtocolError
 
 PROTOCOL_VERSION = 1
@@ -59,6 +60,14 @@ class GeometrySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layout: str
     kv_heads: Count
     kv_dtype: str
+
+    @classmethod
+    def of(cls, geometry: Geometry) -> GeometrySpec:
+        return cls(**{field: getattr(geometry, field) for field in cls.__struct_fields__})
+
+    def to_geometry(self) -> Geometry:
+        """The value that computes sizes. Raises ``ValueError`` for an impossible geometry."""
+        return Geometry(**{field: getattr(self, field) for field in self.__struct_fields__})
 
 
 class Peer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -69,14 +69,7 @@ class EngineSetup:
             model=self.model,
             fingerprint=self.identity.fingerprint,
             root=self.identity.root,
-            geometry=GeometrySpec(
-                block_tokens=geometry.block_tokens,
-                page_tokens=geometry.page_tokens,
-                layer_page_bytes=geometry.layer_page_bytes,
-                layout=geometry.layout,
-                kv_heads=geometry.kv_heads,
-                kv_dtype=geometry.kv_dtype,
-            ),
+            geometry=GeometrySpec.of(geometry),
             max_model_len=self.max_model_len,
         )
 

@@ -11,16 +11,8 @@ from vllm_dualpath.mover.staging import SlotPool
 
 def geometry_of(spec: MoverSpec) -> Geometry:
     """The geometry in a spec. Raises ``ConfigError`` if it cannot be one."""
-    wire = spec.geometry
     try:
-        return Geometry(
-            block_tokens=wire.block_tokens,
-            page_tokens=wire.page_tokens,
-            layer_page_bytes=wire.layer_page_bytes,
-            layout=wire.layout,
-            kv_heads=wire.kv_heads,
-            kv_dtype=wire.kv_dtype,
-        )
+        return spec.geometry.to_geometry()
     except ValueError as exc:
         raise ConfigError(f"mover spec: {exc}") from exc
 

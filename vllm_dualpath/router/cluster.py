@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 from vllm_dualpath.messages import PROTOCOL_VERSION, Hello, Message, TransferKey
 from vllm_dualpath.policy import ClusterSnapshot
-from vllm_dualpath.router.engine import Engine, check_url, geometry_of
+from vllm_dualpath.router.engine import Engine, check_url
 from vllm_dualpath.router.stores import Stores
 from vllm_dualpath.router.transfer import Transfer
 
@@ -61,7 +61,7 @@ class Cluster:
         if hello.role not in ("prefill", "decode"):
             return f"role: expected prefill or decode, found {hello.role!r}"
         try:
-            geometry_of(hello.geometry)
+            hello.geometry.to_geometry()
             check_url(hello.url)
         except ValueError as exc:
             return str(exc)

@@ -7,21 +7,8 @@ from dataclasses import dataclass, field
 
 from yarl import URL
 
-from vllm_dualpath.blocks import Geometry
-from vllm_dualpath.messages import GeometrySpec, Hello, MoverStats
+from vllm_dualpath.messages import Hello, MoverStats
 from vllm_dualpath.policy import EngineLoad
-
-
-def geometry_of(spec: GeometrySpec) -> Geometry:
-    """The wire form as the value that computes sizes. Raises ``ValueError`` when impossible."""
-    return Geometry(
-        spec.block_tokens,
-        spec.page_tokens,
-        spec.layer_page_bytes,
-        spec.layout,
-        spec.kv_heads,
-        spec.kv_dtype,
-    )
 
 
 def check_url(url: str) -> None:
