@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Runs the project's checks and tests; the last lines are pytest's own and the verdict.
 #
-#   tests/run.sh                 everything
-#   tests/run.sh lint unit e2e   only the named parts, in this order
-#   tests/run.sh unit -- -k NAME arguments after -- go to pytest
+#   tests/run.sh                     everything
+#   tests/run.sh lint cpp unit e2e   only the named parts, in this order
+#   tests/run.sh unit -- -k NAME     arguments after -- go to pytest
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -12,16 +12,16 @@ cd "$root" || exit 1
 parts=()
 while (($#)); do
   case $1 in
-    lint | unit | e2e) parts+=("$1") ;;
+    lint | cpp | unit | e2e) parts+=("$1") ;;
     --) shift && break ;;
     *)
-      echo "usage: tests/run.sh [lint] [unit] [e2e] [-- PYTEST ARGUMENTS]" >&2
+      echo "usage: tests/run.sh [lint] [cpp] [unit] [e2e] [-- PYTEST ARGUMENTS]" >&2
       exit 2
       ;;
   esac
   shift
 done
-((${#parts[@]})) || parts=(lint unit e2e)
+((${#parts[@]})) || parts=(lint cpp unit e2e)
 pytest_args=("$@")
 
 python=$(scripts/setup.sh dev) || { echo "FAILED: the environment could not be set up"; exit 1; }
@@ -44,9 +44,18 @@ check() {
 lint() {
   check "ruff check" "$bin/ruff" check .
   check "ruff format" "$bin/ruff" format --check .
-  check "clang-format" "$bin/clang-format" --dry-run --Werror $(find csrc -name '*.?pp')
+  check "clang-format" "$bin/clang-format" --dry-run --Werror $(find csrc tests/csrc -name "*.?pp")
   check "mypy" "$bin/mypy" --strict -p vllm_dualpath
   check "lint-imports" "$bin/lint-imports"
+}
+
+# The C++ core under both sanitizers: they cannot share a process.
+cpp() {
+  local include variant
+  include=$("$python" -c 'import libucx, os; print(os.path.join(os.path.dirname(libucx.__file__), "include"))')
+  for variant in asan tsan; do
+    check "C++ tests, $variant" make -s -j"$(nproc)" -C tests/csrc VARIANT="$variant" UCX_INCLUDE="$include" run
+  done
 }
 
 # pytest's exit code 5 is "no test collected": an error here too.
