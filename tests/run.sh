@@ -51,10 +51,10 @@ lint() {
 
 # The C++ core under both sanitizers: they cannot share a process.
 cpp() {
-  local include variant
-  include=$("$python" -c 'import libucx, os; print(os.path.join(os.path.dirname(libucx.__file__), "include"))')
+  local ucx variant
+  ucx=$("$python" -c "import libucx, os; print(os.path.dirname(libucx.__file__))")
   for variant in asan tsan; do
-    check "C++ tests, $variant" make -s -j"$(nproc)" -C tests/csrc VARIANT="$variant" UCX_INCLUDE="$include" run
+    check "C++ tests, $variant" make -s -j"$(nproc)" -C tests/csrc VARIANT="$variant" UCX="$ucx" run
   done
 }
 

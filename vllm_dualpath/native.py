@@ -28,12 +28,14 @@ except ImportError as exc:
         "`pip install vllm-dualpath`, or in a source tree run `pip install -e .`"
     ) from exc
 
+PeerMemory = _native.PeerMemory
 UcxEngine = _native.UcxEngine
 UcxError = _native.UcxError
 PeerClosedError = _native.PeerClosedError
 
 __all__ = [
     "PeerClosedError",
+    "PeerMemory",
     "UcxEngine",
     "UcxError",
     "UcxReport",
@@ -48,6 +50,7 @@ __all__ = [
     "crc32c_portable",
     "load_ucx",
     "parse_ucx_transports",
+    "stream_copy_implementation",
     "ucx_candidates",
     "ucx_report",
 ]
@@ -96,6 +99,11 @@ def crc32c_many(address: int, sizes: Sequence[int]) -> list[int]:
 def crc32c_implementation() -> str:
     """Which instructions ``crc32c`` runs on here: ``sse4.2+pclmul`` or ``portable``."""
     return _native.crc32c_implementation()
+
+
+def stream_copy_implementation() -> str:
+    """How bytes are stored into a peer's memory here: ``avx512``, ``avx2`` or ``memcpy``."""
+    return _native.stream_copy_implementation()
 
 
 def atomic_load_u64(address: int) -> int:

@@ -7,6 +7,7 @@
 #include "bindings/bindings.hpp"
 #include "core/atomics.hpp"
 #include "core/crc32c.hpp"
+#include "core/stream_copy.hpp"
 
 namespace py = pybind11;
 
@@ -47,6 +48,7 @@ void bind_memory(py::module_& module) {
         py::arg("address"), py::arg("num_bytes"), py::arg("seed") = 0, release());
     module.def("crc32c_many", &crc32c_many, py::arg("address"), py::arg("sizes"), release());
     module.def("crc32c_implementation", &crc32c_implementation);
+    module.def("stream_copy_implementation", &stream_copy_implementation);
     module.def("atomic_load_u64", &atomic_load_u64, py::arg("address"));
     module.def("atomic_store_u64", &atomic_store_u64, py::arg("address"), py::arg("value"));
     module.def("atomic_fetch_add_u64", &atomic_fetch_add_u64, py::arg("address"), py::arg("delta"));

@@ -29,8 +29,9 @@ std::uint64_t put(UcxEngine& engine, std::uint64_t peer_id, const PutArray& piec
 
 std::uint64_t connect(UcxEngine& engine, const std::string& host, std::uint16_t port,
                       const std::string& worker_address, const std::string& remote_key,
-                      std::uint64_t remote_address, std::uint64_t remote_bytes) {
-    PeerTarget target{std::nullopt, worker_address, remote_key};
+                      std::uint64_t remote_address, std::uint64_t remote_bytes,
+                      std::shared_ptr<PeerMemory> memory) {
+    PeerTarget target{std::nullopt, worker_address, remote_key, std::move(memory)};
     if (!host.empty()) target.listener = SocketAddress::parse(host, port);
     const py::gil_scoped_release release;
     return engine.connect(std::move(target), remote_address, remote_bytes);
@@ -65,6 +66,15 @@ void bind_ucx(py::module_& module) {
             const py::gil_scoped_release guard;
             return UcxContext(library).info();
         });
+    py::class_<PeerMemory, std::shared_ptr<PeerMemory>>(module, "PeerMemory")
+        .def(py::init([](pid_t pid, int fd, std::uint64_t device, std::uint64_t inode,
+                         std::uint64_t remote_address, std::size_t num_bytes) {
+                 const py::gil_scoped_release guard;
+                 return std::make_shared<PeerMemory>(SharedFile{pid, fd, device, inode},
+                                                     remote_address, num_bytes);
+             }),
+             py::arg("pid"), py::arg("fd"), py::arg("device"), py::arg("inode"),
+             py::arg("remote_address"), py::arg("num_bytes"));
     py::class_<UcxEngine>(module, "UcxEngine")
         .def(py::init([](const std::shared_ptr<UcxLibrary>& library, const std::string& host,
                          std::uint16_t port, std::uint64_t max_inflight_bytes,
@@ -86,7 +96,8 @@ void bind_ucx(py::module_& module) {
                  return py::bytes(engine.register_region(address, num_bytes));
              })
         .def("connect", &connect, py::arg("host"), py::arg("port"), py::arg("worker_address"),
-             py::arg("remote_key"), py::arg("remote_address"), py::arg("remote_bytes"))
+             py::arg("remote_key"), py::arg("remote_address"), py::arg("remote_bytes"),
+             py::arg("memory") = nullptr)
         .def("put", &put, py::arg("peer_id"), py::arg("pieces"), py::arg("notice"))
         .def("disconnect", &UcxEngine::disconnect, py::arg("peer_id"), release())
         .def("poll", &poll)

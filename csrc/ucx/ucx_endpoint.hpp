@@ -9,6 +9,7 @@
 #include <string>
 
 #include "core/event_queue.hpp"
+#include "ucx/peer_memory.hpp"
 #include "ucx/put_batch.hpp"
 #include "ucx/socket_address.hpp"
 #include "ucx/ucx_worker.hpp"
@@ -24,6 +25,8 @@ struct PeerTarget {
     std::optional<SocketAddress> listener;
     std::string worker_address;
     std::string remote_key;
+    // Set: puts are plain stores into it, and UCX carries the notices alone.
+    std::shared_ptr<PeerMemory> memory;
 };
 
 // Bytes that may be with UCX at once, over all endpoints. Progress thread only.
@@ -95,7 +98,9 @@ class UcxEndpoint {
     void note_failure(ucs_status_t status, const char* during);
     void start_wire_up();
     void unpack_key();
+    bool can_post();
     bool post_puts();
+    void write_put(Put& put);
     void post_put(Put& put);
     void post_flush(PutBatch& batch);
     bool post_notices();
@@ -115,6 +120,7 @@ class UcxEndpoint {
     const std::uint64_t peer_id_;
     const bool error_handling_;
     ucp_ep_h handle_ = nullptr;
+    const std::shared_ptr<PeerMemory> memory_;
     std::string packed_key_;
     ucp_rkey_h remote_key_ = nullptr;
     bool wiring_ = true;  // until the first flush has ended

@@ -67,6 +67,9 @@ std::string UcxEngine::register_region(std::uintptr_t address, std::size_t num_b
 std::uint64_t UcxEngine::connect(PeerTarget target, std::uint64_t remote_address,
                                  std::uint64_t remote_bytes) {
     if (stopping_) throw PeerClosedError("the transport is closed");
+    if (target.memory && !target.memory->contains(remote_address, remote_bytes)) {
+        throw std::invalid_argument("the peer's region is not in its shared memory");
+    }
     auto peer = std::make_shared<Peer>();
     peer->remote_address = remote_address;
     peer->remote_bytes = remote_bytes;

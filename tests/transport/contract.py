@@ -83,13 +83,15 @@ class TransportContract:
     kind = "ucx"
     same_host = True
     in_child = True
+    share = True
+    """Whether the target offers its memory as a file."""
     environment: dict[str, str] = {}
 
     @pytest.fixture
     def pair(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
         for name, value in self.environment.items():
             monkeypatch.setenv(name, value)
-        target = (ProcessTarget if self.in_child else Target)(self.kind, NUM_BYTES)
+        target = (ProcessTarget if self.in_child else Target)(self.kind, NUM_BYTES, self.share)
         transport = make_transport(self.kind)
         memory = Memory(NUM_BYTES)
         random = np.random.default_rng(1)

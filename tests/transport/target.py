@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import multiprocessing
 import os
@@ -23,11 +24,12 @@ class Memory:
     """A memfd mapped twice, as a mover and its worker map staging: register one, read the other."""
 
     def __init__(self, num_bytes: int) -> None:
-        self._fd = os.memfd_create("transport-test")
-        os.ftruncate(self._fd, num_bytes)
+        self.fd = os.memfd_create("transport-test", os.MFD_ALLOW_SEALING)
+        os.ftruncate(self.fd, num_bytes)
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
         self.num_bytes = num_bytes
-        self.registered = mmap.mmap(self._fd, num_bytes, mmap.MAP_SHARED)
-        self.other = mmap.mmap(self._fd, num_bytes, mmap.MAP_SHARED)
+        self.registered = mmap.mmap(self.fd, num_bytes, mmap.MAP_SHARED)
+        self.other = mmap.mmap(self.fd, num_bytes, mmap.MAP_SHARED)
         self.address = native.buffer_address(self.registered)
 
     def crc32c(self, offset: int, num_bytes: int) -> int:
@@ -37,10 +39,12 @@ class Memory:
 class Target:
     """What the receiving side does, on a transport and memory of its own."""
 
-    def __init__(self, kind: str, num_bytes: int) -> None:
+    def __init__(self, kind: str, num_bytes: int, share: bool = True) -> None:
         self.transport: Transport = make_transport(kind)
         self.memory = Memory(num_bytes)
-        self.region = self.transport.register(self.memory.address, num_bytes)
+        self.region = self.transport.register(
+            self.memory.address, num_bytes, fd=self.memory.fd if share else None
+        )
         self._notices: deque[tuple[bytes, int]] = deque()
 
     def hello(self) -> tuple[bytes, bytes, int]:
@@ -73,8 +77,8 @@ class Target:
         return time.monotonic() - before
 
 
-def _serve(pipe: Any, kind: str, num_bytes: int) -> None:
-    target = Target(kind, num_bytes)
+def _serve(pipe: Any, kind: str, num_bytes: int, share: bool) -> None:
+    target = Target(kind, num_bytes, share)
     while True:
         name, arguments = pipe.recv()
         if name == "exit":
@@ -85,11 +89,11 @@ def _serve(pipe: Any, kind: str, num_bytes: int) -> None:
 class ProcessTarget:
     """A ``Target`` in a child process; every call has a deadline."""
 
-    def __init__(self, kind: str, num_bytes: int) -> None:
+    def __init__(self, kind: str, num_bytes: int, share: bool = True) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, child_pipe = context.Pipe()
         self.process = context.Process(
-            target=_serve, args=(child_pipe, kind, num_bytes), daemon=True
+            target=_serve, args=(child_pipe, kind, num_bytes, share), daemon=True
         )
         self.process.start()
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import select
 import time
 
@@ -8,6 +9,7 @@ import pytest
 
 from tests.transport.contract import NUM_BYTES, Pair, TransportContract
 from tests.transport.target import Memory
+from vllm_dualpath import native
 from vllm_dualpath.errors import PeerLost, TransportError
 from vllm_dualpath.transport import PeerClosed, PutDone
 from vllm_dualpath.transport.ucx import UcxTransport
@@ -92,14 +94,52 @@ class UcxContract(TransportContract):
         other.kill()
 
 
-class TestSharedMemory(UcxContract):
-    """Two processes of one host, whatever UCX has for them."""
+class TestStores(UcxContract):
+    """Two processes of one host, one of which maps the other's memory."""
+
+    def test_puts_need_no_answer(self, pair: Pair) -> None:
+        """A stopped target does not hold up bytes, only what tells it of them."""
+        pair.put_and_wait((0, 0, 8), notice=b"connected")
+        with pair.target.stopped():
+            pair.put_and_wait((0, 0, NUM_BYTES))
+
+    def test_a_process_that_took_the_pid_is_not_written(self, pair: Pair) -> None:
+        """A descriptor that now means another file is refused, and another way found."""
+        other = Memory(NUM_BYTES)
+        stat = os.fstat(other.fd)
+        with pytest.raises(RuntimeError, match="not the peer's memory"):
+            native.PeerMemory(
+                os.getpid(), pair.memory.fd, stat.st_dev, stat.st_ino, other.address, NUM_BYTES
+            )
+
+    def test_memory_shorter_than_it_says(self) -> None:
+        """A mapping that would end in a bus error is refused."""
+        memory = Memory(4096)
+        stat = os.fstat(memory.fd)
+        with pytest.raises(RuntimeError, match="has 4096 bytes"):
+            native.PeerMemory(
+                os.getpid(), memory.fd, stat.st_dev, stat.st_ino, memory.address, 8192
+            )
+
+    def test_memory_that_may_shrink(self) -> None:
+        """So is one whose owner could shorten it later."""
+        fd = os.memfd_create("unsealed")
+        os.ftruncate(fd, 4096)
+        stat = os.fstat(fd)
+        with pytest.raises(RuntimeError, match="may shrink"):
+            native.PeerMemory(os.getpid(), fd, stat.st_dev, stat.st_ino, 4096, 4096)
 
 
-class TestWithoutCma(UcxContract):
-    """Two processes of one host that cannot write each other's memory."""
+class TestCma(UcxContract):
+    """Two processes of one host that may write each other's memory, but not map it."""
 
-    environment = {"UCX_TLS": "^cma"}
+    share = False
+
+
+class TestWithoutSharedMemory(UcxContract):
+    """Two processes of one host with the network alone between them."""
+
+    environment = TCP_ONLY
 
 
 class TestBetweenHosts(UcxContract):

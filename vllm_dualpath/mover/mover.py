@@ -88,7 +88,9 @@ class Mover:
         self._storage = StorageQueue(config.store_threads, self._loop)
         self._book = TransferBook()
         transport = make_transport(config.transport, config.listen)
-        region = transport.register(self._staging.address, self._staging.num_bytes)
+        region = transport.register(
+            self._staging.address, self._staging.num_bytes, fd=self._staging.fd
+        )
         logger.info("transport %s, store %s", transport.name, self._store.uri)
         self._contact = Peer(
             engine_id=spec.engine_id,

@@ -7,6 +7,7 @@ write it.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 from collections import deque
@@ -22,9 +23,11 @@ class SharedMemory:
 
     def __init__(self, name: str, num_bytes: int) -> None:
         self.num_bytes = num_bytes
-        self.fd = os.memfd_create(f"dualpath-{name}", os.MFD_CLOEXEC)
+        self.fd = os.memfd_create(f"dualpath-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.fd, num_bytes)
+            # Who maps it need not fear a bus error.
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
             self.map = mmap.mmap(self.fd, num_bytes)
         except OSError as exc:
             os.close(self.fd)

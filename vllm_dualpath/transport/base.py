@@ -77,8 +77,12 @@ class Transport(Protocol):
     def address(self) -> bytes:
         """What a peer passes to ``connect``. Opaque; changes with every instance."""
 
-    def register(self, address: int, num_bytes: int) -> Region:
-        """Make ``[address, address + num_bytes)`` usable in puts of both directions."""
+    def register(self, address: int, num_bytes: int, *, fd: int | None = None) -> Region:
+        """Make ``[address, address + num_bytes)`` usable in puts of both directions.
+
+        ``fd``: the shared file whose start is mapped there, open until ``close``. Peers on this
+        host may then map it too.
+        """
 
     def connect(self, peer_address: bytes, region_descriptor: bytes, *, same_host: bool) -> int:
         """Return a peer id at once; wire-up happens behind.

@@ -1,20 +1,26 @@
-"""Moving bytes with UCX: shared memory to peers on this host, TCP or RDMA between hosts.
+"""Moving bytes with UCX: TCP or RDMA between hosts, plain stores to peers on this host.
 
 The work is done by ``native.UcxEngine`` and its progress thread. Here opaque addresses and
 descriptors are packed and checked, and native events and errors become those of ``base``.
 
-Peers on this host are reached by UCX's worker address, which offers shared memory, without UCX's
-failure handling, which rules that out: their death is for the caller to notice, who then calls
-``disconnect``. All others are reached through the listener, with failure handling: their loss
-arrives as ``PeerClosed``. A peer on this host whose memory CMA cannot reach is one of the others:
-UCX 1.22 would take TCP for it all the same, and over TCP to a worker address a target crashes now
-and then, when it connects back while it receives its first large put.
+There are three ways to a peer, in order of preference:
+
+1. *Stores*: a peer on this host whose region is a shared file (a memfd) that we can map. UCX
+   carries the notices alone. ``UCX_TLS`` without any shared-memory transport forbids it.
+2. *CMA*: a peer on this host whose memory UCX can write by system call. Both go by UCX's worker
+   address, without UCX's failure handling, which rules out its shared-memory transports: the death
+   of such a peer is for the caller to notice, who then calls ``disconnect``.
+3. *The network*, through the peer's listener, with failure handling: a loss arrives as
+   ``PeerClosed``. Also a peer on this host that the other ways cannot reach: UCX 1.22 would take
+   TCP for it all the same, and over TCP to a worker address a target crashes now and then, when
+   it connects back while it receives its first large put.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import logging
+import os
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,8 +48,9 @@ MAX_INFLIGHT_BYTES = 64 << 20
 MAX_PUT_BYTES = 1 << 20
 
 _PUT_DONE, _NOTICE = 0, 1  # TransportEvent::Kind in csrc/core/event_queue.hpp; 2 is a closed peer
-_FRAME_VERSION = 1
+_FRAME_VERSION = 2
 _NAMESPACES = ("pid", "user")
+_SHARED_MEMORY = frozenset({"cma", "posix", "sysv", "xpmem", "knem"})
 
 
 class _Address(msgspec.Struct, frozen=True, array_like=True):
@@ -53,6 +60,16 @@ class _Address(msgspec.Struct, frozen=True, array_like=True):
     port: int
     worker_address: bytes
     memory_domain: str
+    has_cma: bool
+
+
+class _File(msgspec.Struct, frozen=True, array_like=True):
+    """A shared file that a process has open: see ``SharedFile`` in csrc/ucx/peer_memory.hpp."""
+
+    pid: int
+    fd: int
+    device: int
+    inode: int
 
 
 class _Descriptor(msgspec.Struct, frozen=True, array_like=True):
@@ -61,6 +78,7 @@ class _Descriptor(msgspec.Struct, frozen=True, array_like=True):
     address: int
     num_bytes: int
     key: bytes
+    file: _File | None
 
 
 _Frame = TypeVar("_Frame", _Address, _Descriptor)
@@ -102,6 +120,7 @@ class UcxTransport(Transport):
         )
         self._nonce = secrets.token_bytes(16)
         self._memory_domain = _memory_domain(self._report.transports)
+        self._has_cma = "cma" in self._report.transports
         self._closed = False
         logger.info("%s from %s", self.name, library.path)
 
@@ -119,14 +138,16 @@ class UcxTransport(Transport):
                 port=self._engine.listen_port,
                 worker_address=self._engine.worker_address,
                 memory_domain=self._memory_domain,
+                has_cma=self._has_cma,
             )
         )
 
-    def register(self, address: int, num_bytes: int) -> Region:
+    def register(self, address: int, num_bytes: int, *, fd: int | None = None) -> Region:
         self._check_open()
         with _translated():
             key = self._engine.register_region(address, num_bytes)
-        descriptor = _Descriptor(_FRAME_VERSION, self._nonce, address, num_bytes, key)
+            file = None if fd is None else _describe_file(fd)
+        descriptor = _Descriptor(_FRAME_VERSION, self._nonce, address, num_bytes, key, file)
         return Region(address, num_bytes, _pack(descriptor))
 
     def connect(self, peer_address: bytes, region_descriptor: bytes, *, same_host: bool) -> int:
@@ -135,7 +156,9 @@ class UcxTransport(Transport):
         region = _unpack(region_descriptor, _Descriptor)
         if peer.nonce != region.nonce:
             raise TransportError("address and region descriptor are of different transports")
-        by_memory = same_host and peer.memory_domain == self._memory_domain != ""
+        local = same_host and peer.memory_domain == self._memory_domain != ""
+        memory = self._map(region) if local else None
+        by_memory = memory is not None or (local and peer.has_cma and self._has_cma)
         if not by_memory:
             self._warn_of_slow_path(peer, same_host)
         with _translated():
@@ -146,6 +169,7 @@ class UcxTransport(Transport):
                 remote_key=region.key,
                 remote_address=region.address,
                 remote_bytes=region.num_bytes,
+                memory=memory,
             )
 
     def put(self, peer_id: int, pieces: PutArray, notice: bytes) -> int:
@@ -169,11 +193,24 @@ class UcxTransport(Transport):
         if self._closed:
             raise TransportError("the transport is closed")
 
+    def _map(self, region: _Descriptor) -> native.PeerMemory | None:
+        """The peer's memory in this process, if the kernel allows it."""
+        file = region.file
+        if file is None:
+            return None
+        try:
+            return native.PeerMemory(
+                file.pid, file.fd, file.device, file.inode, region.address, region.num_bytes
+            )
+        except RuntimeError as exc:
+            logger.info("a peer's memory cannot be mapped, trying CMA: %s", exc)
+            return None
+
     def _warn_of_slow_path(self, peer: _Address, same_host: bool) -> None:
         if same_host:
             logger.warning(
-                "no CMA to a peer on this host (UCX_TLS, process_vm_writev forbidden, or another "
-                "PID namespace): bytes to it go by the network; see `vllm-dualpath doctor`"
+                "no shared memory with a peer on this host (UCX_TLS, another PID namespace, or "
+                "forbidden): bytes to it go by the network; see `vllm-dualpath doctor`"
             )
         elif not self._report.has_rdma:
             logger.warning(
@@ -184,11 +221,16 @@ class UcxTransport(Transport):
 
 
 def _memory_domain(transports: tuple[str, ...]) -> str:
-    """What two processes have in common whose memory CMA can reach; empty without CMA."""
-    if "cma" not in transports:
+    """What two processes that reach each other's memory have in common; empty if UCX may not."""
+    if _SHARED_MEMORY.isdisjoint(transports):
         return ""
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ":".join([boot_id, *(str(Path(f"/proc/self/ns/{ns}").readlink()) for ns in _NAMESPACES)])
+
+
+def _describe_file(fd: int) -> _File:
+    stat = os.fstat(fd)
+    return _File(os.getpid(), fd, stat.st_dev, stat.st_ino)
 
 
 def _event(kind: int, event_id: int, ok: bool, text: bytes) -> Event:
