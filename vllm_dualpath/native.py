@@ -31,9 +31,13 @@ except ImportError as exc:
 UcxEngine = _native.UcxEngine
 UcxError = _native.UcxError
 PeerClosedError = _native.PeerClosedError
+RawPutLoop = _native.RawPutLoop
+RawPutTarget = _native.RawPutTarget
 
 __all__ = [
     "PeerClosedError",
+    "RawPutLoop",
+    "RawPutTarget",
     "UcxEngine",
     "UcxError",
     "UcxReport",
