@@ -132,7 +132,7 @@ def close_all(children: list[Child]) -> None:
     for child in children:
         try:
             child.close()
-        except Exception as exc:  # noqa: BLE001 # the rest must still be ended
+        except Exception as exc:  # the rest must still be ended
             failures.append(f"{child.role}: {exc}")
     if failures or time.monotonic() > deadline:
         raise LaunchError("children did not end in order: " + "; ".join(failures))

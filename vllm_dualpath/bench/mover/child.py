@@ -44,7 +44,7 @@ def serve(connection: Connection, role: str) -> None:
             # Built on the first call, so that a failure to build is an answer.
             target = target or make_role(role)
             answer = (True, getattr(target, method)(*arguments))
-        except Exception as exc:  # noqa: BLE001 # told to the benchmark, which ends the run
+        except Exception as exc:  # told to the benchmark, which ends the run
             traceback.print_exc()
             answer = (False, f"{type(exc).__name__}: {exc}")
         connection.send_bytes(msgspec.msgpack.encode(answer))
