@@ -32,10 +32,14 @@ PeerMemory = _native.PeerMemory
 UcxEngine = _native.UcxEngine
 UcxError = _native.UcxError
 PeerClosedError = _native.PeerClosedError
+RawPutLoop = _native.RawPutLoop
+RawPutTarget = _native.RawPutTarget
 
 __all__ = [
     "PeerClosedError",
     "PeerMemory",
+    "RawPutLoop",
+    "RawPutTarget",
     "UcxEngine",
     "UcxError",
     "UcxReport",

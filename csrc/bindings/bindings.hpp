@@ -6,6 +6,7 @@
 namespace dualpath {
 
 void bind_memory(pybind11::module_& module);
+void bind_raw_puts(pybind11::module_& module);
 void bind_ucx(pybind11::module_& module);
 
 }  // namespace dualpath

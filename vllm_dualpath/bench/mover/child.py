@@ -1,0 +1,70 @@
+"""``python -m vllm_dualpath.bench.mover.child ROLE FD [CORE]``: one end of a measurement.
+
+The role's module is imported here and nowhere else, so that NIXL's UCX and ours never share a
+process. Ends when the other end of the socket ``FD`` is closed.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import sys
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+import msgspec
+
+ROLES = {
+    "ours-target": "put_ours:Target",
+    "ours-initiator": "put_ours:Initiator",
+    "raw-target": "put_raw:Target",
+    "raw-initiator": "put_raw:Initiator",
+    "nixl-target": "put_nixl:Target",
+    "nixl-initiator": "put_nixl:Initiator",
+}
+
+
+def make_role(name: str) -> Any:
+    """Import and build the object whose methods are called."""
+    module, _, class_name = ROLES[name].partition(":")
+    return getattr(importlib.import_module(f"vllm_dualpath.bench.mover.{module}"), class_name)()
+
+
+def serve(connection: Connection, role: str) -> None:
+    """Answer calls until the benchmark closes its end."""
+    target: Any = None
+    while True:
+        try:
+            method, arguments = msgspec.msgpack.decode(connection.recv_bytes())
+        except EOFError:
+            return
+        try:
+            # Built on the first call, so that a failure to build is an answer.
+            target = target or make_role(role)
+            answer = (True, getattr(target, method)(*arguments))
+        except Exception as exc:  # told to the benchmark, which ends the run
+            traceback.print_exc()
+            answer = (False, f"{type(exc).__name__}: {exc}")
+        connection.send_bytes(msgspec.msgpack.encode(answer))
+
+
+def main() -> None:
+    """Pin, then serve. Threads that libraries start inherit the affinity."""
+    role, fd = sys.argv[1], int(sys.argv[2])
+    if len(sys.argv) > 3:
+        os.sched_setaffinity(0, {int(sys.argv[3])})
+    gc.disable()  # a collection in a timed part would be noise; a child makes little garbage
+    try:
+        serve(Connection(fd), role)
+    except (BrokenPipeError, ConnectionResetError):
+        return
+
+
+if __name__ == "__main__":
+    main()
+    # Not through interpreter shutdown: libraries' spinning threads and exit handlers may hang it.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -1,0 +1,183 @@
+"""Puts of one random permutation of pieces between two processes: ours, a plain loop, NIXL.
+
+Every variant has an initiator and a target process of its own with the same kind of memory. They
+stay up for the whole measurement; while one pair is measured the others are stopped, because
+targets of the baselines spin. Bytes are checked after each turn, outside the timed part.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vllm_dualpath.bench.mover.channel import Child, close_all
+from vllm_dualpath.bench.mover.pairing import Ratio, in_turn, paired_ratio
+from vllm_dualpath.bench.mover.put_memory import NUM_BYTES
+from vllm_dualpath.bench.processes import ProcessGuard
+from vllm_dualpath.errors import LaunchError
+
+LINKS: Mapping[str, str] = {"shm": "sm,self,tcp", "tcp": "tcp,self"}
+"""``UCX_TLS`` of each link. NIXL needs a transport with failure handling beside shared memory."""
+
+VARIANTS = ("ours", "raw", "nixl")
+PIECE_BYTES = (4096, 32768, 1 << 20)
+_SEED = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PutPlan:
+    """What to measure."""
+
+    links: Sequence[str] = tuple(LINKS)
+    piece_bytes: Sequence[int] = PIECE_BYTES
+    variants: Sequence[str] = VARIANTS
+    num_rounds: int = 15
+    puts_per_turn: int = 3
+    """Timed ones, after one that is not; their median is the sample."""
+    nixl_path: Path | None = None
+    """Where NIXL is, if not in this environment."""
+    cores: tuple[int, int] | None = None
+    """Of initiators and of targets; None: wherever the scheduler puts them."""
+
+    @property
+    def num_turns(self) -> int:
+        return len(self.links) * len(self.piece_bytes) * len(self.variants) * self.num_rounds
+
+
+@dataclass(slots=True)
+class PutResult:
+    """Seconds of each round, by ``(link, piece bytes, variant)``."""
+
+    seconds: dict[tuple[str, int, str], list[float]] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    """Why a variant was not measured."""
+    names: dict[str, str] = field(default_factory=dict)
+    """What each variant says it runs on."""
+
+    def ratio(self, link: str, piece_bytes: int, other: str) -> Ratio | None:
+        """Our speed over that of ``other``, or None where one is missing."""
+        ours = self.seconds.get((link, piece_bytes, "ours"))
+        theirs = self.seconds.get((link, piece_bytes, other))
+        return paired_ratio(theirs, ours) if ours and theirs else None
+
+    def gb_per_s(self, link: str, piece_bytes: int, variant: str) -> float:
+        return NUM_BYTES / statistics.median(self.seconds[link, piece_bytes, variant]) / 1e9
+
+
+class PutPair:
+    """Initiator and target of one variant over one link, stopped but for their turns."""
+
+    def __init__(
+        self, variant: str, link: str, plan: PutPlan, directory: Path, guard: ProcessGuard
+    ) -> None:
+        self.variant = variant
+        self._same_host = link == "shm"
+        self._children: list[Child] = []
+        self._expected: dict[int, int] = {}
+        environment = _environment(variant, link, plan)
+        try:
+            for side in ("initiator", "target"):
+                core = plan.cores and plan.cores[side == "target"]
+                log = directory / f"{variant}-{link}-{side}.log"
+                self._children.append(Child(f"{variant}-{side}", log, guard, core, environment))
+            self.initiator, self.target = self._children
+        except LaunchError:
+            self.close()
+            raise
+
+    def connect(self, piece_bytes: Sequence[int]) -> str:
+        """Connect, and prepare each size; returns what the variant runs on."""
+        name: str = self.initiator.call("connect", self.target.call("hello"), self._same_host)
+        for size in piece_bytes:
+            self.initiator.call("prepare", size, _SEED)
+            self._expected[size] = self.initiator.call("expected", size, _SEED)
+        self._pause()
+        return name
+
+    def turn(self, piece_bytes: int, num_puts: int) -> float:
+        """Median seconds of some puts. Raises ``LaunchError`` if the bytes did not arrive."""
+        for child in self._children:
+            child.resume()
+        self.initiator.call("put", piece_bytes)
+        self.target.call("clear")
+        seconds = [self.initiator.call("put", piece_bytes) for _ in range(num_puts)]
+        found = self.target.call("crc32c")
+        if found != self._expected[piece_bytes]:
+            raise LaunchError(
+                f"{self.variant}: pieces of {piece_bytes} bytes: expected CRC32C"
+                f" {self._expected[piece_bytes]:#010x} of the target's memory, found {found:#010x}"
+            )
+        self._pause()
+        return statistics.median(seconds)
+
+    def close(self) -> None:
+        close_all(self._children)
+
+    def _pause(self) -> None:
+        for child in self._children:
+            child.pause()
+
+
+def measure_puts(
+    plan: PutPlan, directory: Path, guard: ProcessGuard, advance: Callable[[], None] = lambda: None
+) -> PutResult:
+    """Run the plan; ``advance`` is called after each turn. Logs go to ``directory``."""
+    result = PutResult()
+    for link in plan.links:
+        with ExitStack() as stack:
+            pairs = _open_pairs(link, plan, directory, guard, stack, result)
+            for size in plan.piece_bytes:
+                for round_idx in range(plan.num_rounds):
+                    for pair in in_turn(pairs, round_idx):
+                        seconds = pair.turn(size, plan.puts_per_turn)
+                        result.seconds.setdefault((link, size, pair.variant), []).append(seconds)
+                        advance()
+    return result
+
+
+def _open_pairs(
+    link: str,
+    plan: PutPlan,
+    directory: Path,
+    guard: ProcessGuard,
+    stack: ExitStack,
+    result: PutResult,
+) -> list[PutPair]:
+    pairs = []
+    for variant in plan.variants:
+        if variant in result.missing:
+            continue
+        pair = PutPair(variant, link, plan, directory, guard)
+        stack.callback(pair.close)
+        try:
+            result.names[f"{variant}-{link}"] = pair.connect(plan.piece_bytes)
+        except LaunchError as exc:
+            if variant != "nixl":
+                raise
+            result.missing[variant] = _nixl_missing(exc)
+            continue
+        pairs.append(pair)
+    return pairs
+
+
+def _nixl_missing(exc: LaunchError) -> str:
+    if "ModuleNotFoundError" in str(exc):
+        return "not installed: `pip install --no-deps nixl==1.5.1 nixl_cu12==1.5.1`"
+    return str(exc).splitlines()[0]
+
+
+def _environment(variant: str, link: str, plan: PutPlan) -> dict[str, str]:
+    environment = {"UCX_TLS": LINKS[link]}
+    if variant == "nixl" and plan.nixl_path is not None:
+        environment["PYTHONPATH"] = f"{plan.nixl_path}:{_python_path()}"
+    return environment
+
+
+def _python_path() -> str:
+    """What a child needs to find this very package."""
+    import vllm_dualpath
+
+    return str(Path(vllm_dualpath.__file__).parent.parent)
