@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
 
@@ -15,15 +16,13 @@ NUM_BYTES = 64 << 20
 
 
 class PutMemory:
-    """A memfd mapped shared, as a mover's staging memory is."""
+    """A sealed memfd mapped shared, as a mover's staging memory is; for the process's life."""
 
     def __init__(self, num_bytes: int = NUM_BYTES) -> None:
-        fd = os.memfd_create("dualpath-bench", os.MFD_CLOEXEC)
-        try:
-            os.ftruncate(fd, num_bytes)
-            self.map = mmap.mmap(fd, num_bytes, mmap.MAP_SHARED)
-        finally:
-            os.close(fd)  # the mapping keeps the memory
+        self.fd = os.memfd_create("dualpath-bench", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self.fd, num_bytes)
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        self.map = mmap.mmap(self.fd, num_bytes, mmap.MAP_SHARED)
         self.num_bytes = num_bytes
         self.address = native.buffer_address(self.map)
         self.array: npt.NDArray[np.uint8] = np.frombuffer(self.map, dtype=np.uint8)

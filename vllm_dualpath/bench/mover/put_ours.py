@@ -20,7 +20,9 @@ class Target(TargetMemory):
     def __init__(self) -> None:
         super().__init__()
         self._transport = UcxTransport()
-        self._region = self._transport.register(self.memory.address, self.memory.num_bytes)
+        self._region = self._transport.register(
+            self.memory.address, self.memory.num_bytes, fd=self.memory.fd
+        )
 
     def hello(self) -> dict[str, Any]:
         return {
