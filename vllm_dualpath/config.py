@@ -79,7 +79,13 @@ class EngineConfig(_Frozen):
     verify_checksums: bool = Field(
         True, description="check every Layer Block read; off for tests only"
     )
-    transport: Literal["ucx"] = Field("ucx", description="how staging memories reach each other")
+    transport: Literal["auto", "ucx", "tcp"] = Field(
+        "auto",
+        description="how staging memories reach each other; auto: shared memory, RDMA or TCP",
+    )
+    require_rdma: bool = Field(
+        False, description="refuse to start, or to reach other hosts, without RDMA"
+    )
     listen: str = Field("127.0.0.1", description="address the mover's transport listens on")
     model_id: str | None = Field(
         None, description="identity of the weights; default: SHA-256 over the weight files"
@@ -117,6 +123,8 @@ class EngineConfig(_Frozen):
             )
         if self.router is not None and self.role == "both":
             raise ValueError("role 'both' works without a router: use prefill or decode with one")
+        if self.require_rdma and self.transport != "auto":
+            raise ValueError("require_rdma needs transport 'auto', which alone chooses")
         require_security(self.router, self.keys, self.insecure, "router")
         if self.router is not None and not is_loopback(self.listen) and not self.insecure:
             raise ValueError(

@@ -29,6 +29,8 @@ except ImportError as exc:
     ) from exc
 
 PeerMemory = _native.PeerMemory
+TcpEngine = _native.TcpEngine
+TcpError = _native.TcpError
 UcxEngine = _native.UcxEngine
 UcxError = _native.UcxError
 PeerClosedError = _native.PeerClosedError
@@ -40,6 +42,8 @@ __all__ = [
     "PeerMemory",
     "RawPutLoop",
     "RawPutTarget",
+    "TcpEngine",
+    "TcpError",
     "UcxEngine",
     "UcxError",
     "UcxReport",

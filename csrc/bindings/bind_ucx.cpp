@@ -37,13 +37,18 @@ std::uint64_t connect(UcxEngine& engine, const std::string& host, std::uint16_t 
     return engine.connect(std::move(target), remote_address, remote_bytes);
 }
 
-// (kind, id, ok, text) tuples: the bytes of a notice need not be UTF-8.
 py::list poll(UcxEngine& engine) {
     std::vector<TransportEvent> events;
     {
         const py::gil_scoped_release release;
         events = engine.poll();
     }
+    return to_tuples(events);
+}
+
+}  // namespace
+
+py::list to_tuples(const std::vector<TransportEvent>& events) {
     py::list list;
     for (const TransportEvent& event : events) {
         list.append(py::make_tuple(static_cast<int>(event.kind), event.id, event.ok,
@@ -51,8 +56,6 @@ py::list poll(UcxEngine& engine) {
     }
     return list;
 }
-
-}  // namespace
 
 void bind_ucx(py::module_& module) {
     using release = py::call_guard<py::gil_scoped_release>;

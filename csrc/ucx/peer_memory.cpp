@@ -58,7 +58,7 @@ void check_is(int fd, const std::string& path, const SharedFile& file, std::size
 }  // namespace
 
 PeerMemory::PeerMemory(const SharedFile& file, std::uint64_t remote_address, std::size_t num_bytes)
-    : remote_address_(remote_address), num_bytes_(num_bytes) {
+    : span_{remote_address, num_bytes} {
     const std::string path = "/proc/" + std::to_string(file.pid) + "/fd/" + std::to_string(file.fd);
     const Descriptor descriptor(path);
     check_is(descriptor.get(), path, file, num_bytes);
@@ -69,15 +69,10 @@ PeerMemory::PeerMemory(const SharedFile& file, std::uint64_t remote_address, std
     populated_.resize((num_bytes + kChunkBytes - 1) / kChunkBytes);
 }
 
-PeerMemory::~PeerMemory() { ::munmap(mapped_, num_bytes_); }
-
-bool PeerMemory::contains(std::uint64_t remote, std::uint64_t num_bytes) const {
-    return remote >= remote_address_ && num_bytes <= num_bytes_ &&
-           remote - remote_address_ <= num_bytes_ - num_bytes;
-}
+PeerMemory::~PeerMemory() { ::munmap(mapped_, span_.num_bytes); }
 
 void PeerMemory::write(std::uint64_t remote, const void* local, std::size_t num_bytes) {
-    const std::size_t offset = remote - remote_address_;
+    const std::size_t offset = remote - span_.address;
     populate(offset, offset + num_bytes);
     stream_copy(mapped_ + offset, local, num_bytes);
 }
@@ -88,7 +83,8 @@ void PeerMemory::populate(std::size_t first, std::size_t last) {
         populated_[chunk] = true;
         const std::size_t begin = chunk * kChunkBytes;
         // Refused by an older kernel: then each page is mapped when it is first written.
-        ::madvise(mapped_ + begin, std::min(kChunkBytes, num_bytes_ - begin), MADV_POPULATE_WRITE);
+        ::madvise(mapped_ + begin, std::min<std::size_t>(kChunkBytes, span_.num_bytes - begin),
+                  MADV_POPULATE_WRITE);
     }
 }
 

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/span.hpp"
+
 namespace dualpath {
 
 // Where a process keeps a shared file (a memfd) and how to tell it from any other: pids and
@@ -31,15 +33,15 @@ class PeerMemory {
     PeerMemory(const PeerMemory&) = delete;
     PeerMemory& operator=(const PeerMemory&) = delete;
 
-    bool contains(std::uint64_t remote, std::uint64_t num_bytes) const;
-    // The caller has checked contains(). `local` is readable.
+    // What it covers, in the peer's addresses.
+    const Span& span() const { return span_; }
+    // Within span(), which the caller has checked. `local` is readable.
     void write(std::uint64_t remote, const void* local, std::size_t num_bytes);
 
   private:
     void populate(std::size_t first, std::size_t last);
 
-    std::uint64_t remote_address_;
-    std::size_t num_bytes_;
+    Span span_;
     char* mapped_ = nullptr;
     std::vector<bool> populated_;  // by chunk
 };

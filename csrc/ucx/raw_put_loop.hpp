@@ -7,7 +7,7 @@
 #include <memory>
 #include <string>
 
-#include "ucx/put_batch.hpp"
+#include "core/put_batch.hpp"
 #include "ucx/raw_worker.hpp"
 
 namespace dualpath {

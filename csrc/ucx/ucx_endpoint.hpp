@@ -9,9 +9,9 @@
 #include <string>
 
 #include "core/event_queue.hpp"
+#include "core/put_batch.hpp"
+#include "core/socket_address.hpp"
 #include "ucx/peer_memory.hpp"
-#include "ucx/put_batch.hpp"
-#include "ucx/socket_address.hpp"
 #include "ucx/ucx_worker.hpp"
 
 namespace dualpath {

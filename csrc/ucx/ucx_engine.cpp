@@ -5,8 +5,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cmath>
-#include <cstdio>
 #include <system_error>
 #include <utility>
 
@@ -22,15 +20,6 @@ void watch(int epoll_fd, int fd) {
     if (epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &event) != 0) {
         throw std::system_error(errno, std::generic_category(), "epoll_ctl");
     }
-}
-
-std::string describe(const Piece& piece) {
-    char text[96];
-    std::snprintf(text, sizeof text, "piece (local %#llx, remote %#llx, %llu bytes)",
-                  static_cast<unsigned long long>(piece[0]),
-                  static_cast<unsigned long long>(piece[1]),
-                  static_cast<unsigned long long>(piece[2]));
-    return text;
 }
 
 }  // namespace
@@ -61,18 +50,17 @@ UcxEngine::~UcxEngine() { close(); }
 
 std::string UcxEngine::register_region(std::uintptr_t address, std::size_t num_bytes) {
     regions_.push_back(std::make_unique<UcxRegion>(context_, address, num_bytes));
+    spans_.push_back({address, num_bytes});
     return regions_.back()->packed_key();
 }
 
 std::uint64_t UcxEngine::connect(PeerTarget target, std::uint64_t remote_address,
                                  std::uint64_t remote_bytes) {
     if (stopping_) throw PeerClosedError("the transport is closed");
-    if (target.memory && !target.memory->contains(remote_address, remote_bytes)) {
+    if (target.memory && !target.memory->span().contains(remote_address, remote_bytes)) {
         throw std::invalid_argument("the peer's region is not in its shared memory");
     }
-    auto peer = std::make_shared<Peer>();
-    peer->remote_address = remote_address;
-    peer->remote_bytes = remote_bytes;
+    auto peer = std::make_shared<Peer>(Span{remote_address, remote_bytes});
     const std::uint64_t peer_id = next_id_++;
     peers_.emplace(peer_id, peer);
     submit(ConnectCommand{peer_id, std::move(peer), std::move(target)});
@@ -81,11 +69,8 @@ std::uint64_t UcxEngine::connect(PeerTarget target, std::uint64_t remote_address
 
 std::uint64_t UcxEngine::put(std::uint64_t peer_id, const Piece* pieces, std::size_t num_pieces,
                              std::string notice) {
-    if (notice.size() > UcxWorker::kMaxNoticeBytes) {
-        throw std::invalid_argument("a notice has at most 4096 bytes, got " +
-                                    std::to_string(notice.size()));
-    }
-    check_pieces(open_peer(peer_id), pieces, num_pieces);
+    check_notice(notice.size());
+    check_pieces(spans_, open_peer(peer_id).remote, pieces, num_pieces);
     const std::uint64_t put_id = next_id_++;
     auto batch = std::make_unique<PutBatch>(put_id, pieces, num_pieces, std::move(notice),
                                             options_.max_put_bytes);
@@ -117,36 +102,12 @@ void UcxEngine::close() {
     for (auto& [peer_id, peer] : peers_) peer->closed = true;
 }
 
-bool UcxEngine::Peer::contains(std::uint64_t address, std::uint64_t num_bytes) const {
-    return address >= remote_address && num_bytes <= remote_bytes &&
-           address - remote_address <= remote_bytes - num_bytes;
-}
-
 UcxEngine::Peer& UcxEngine::open_peer(std::uint64_t peer_id) {
     const auto found = peers_.find(peer_id);
     if (found == peers_.end() || found->second->closed) {
         throw PeerClosedError("peer " + std::to_string(peer_id) + " is closed");
     }
     return *found->second;
-}
-
-void UcxEngine::check_pieces(const Peer& peer, const Piece* pieces, std::size_t num_pieces) {
-    const UcxRegion* region = nullptr;
-    for (const Piece* piece = pieces; piece != pieces + num_pieces; ++piece) {
-        const auto [local, remote, num_bytes] = *piece;
-        if (num_bytes == 0) throw std::invalid_argument(describe(*piece) + " is empty");
-        if (!peer.contains(remote, num_bytes)) {
-            throw std::invalid_argument(describe(*piece) + " is outside the peer's region");
-        }
-        if (region != nullptr && region->contains(local, num_bytes)) continue;
-        const auto found = std::find_if(regions_.begin(), regions_.end(), [&](const auto& each) {
-            return each->contains((*piece)[0], (*piece)[2]);
-        });
-        if (found == regions_.end()) {
-            throw std::invalid_argument(describe(*piece) + " is outside the registered regions");
-        }
-        region = found->get();
-    }
 }
 
 void UcxEngine::submit(Command command) {

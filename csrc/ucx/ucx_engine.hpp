@@ -8,7 +8,6 @@
 #include <list>
 #include <memory>
 #include <mutex>
-#include <stdexcept>
 #include <string>
 #include <thread>
 #include <unordered_map>
@@ -17,17 +16,12 @@
 
 #include "core/event_fd.hpp"
 #include "core/event_queue.hpp"
+#include "core/piece_check.hpp"
 #include "ucx/ucx_endpoint.hpp"
 #include "ucx/ucx_listener.hpp"
 #include "ucx/ucx_region.hpp"
 
 namespace dualpath {
-
-// A put to a peer that is closed.
-class PeerClosedError : public std::runtime_error {
-  public:
-    using std::runtime_error::runtime_error;
-};
 
 struct EngineOptions {
     std::string listen_host;
@@ -67,10 +61,9 @@ class UcxEngine {
   private:
     // What the owner thread knows of a peer.
     struct Peer {
-        std::uint64_t remote_address;
-        std::uint64_t remote_bytes;
+        explicit Peer(const Span& remote) : remote(remote) {}
+        const Span remote;
         std::atomic<bool> closed{false};
-        bool contains(std::uint64_t address, std::uint64_t num_bytes) const;
     };
     struct ConnectCommand {
         std::uint64_t peer_id;
@@ -91,7 +84,6 @@ class UcxEngine {
     };
 
     Peer& open_peer(std::uint64_t peer_id);
-    void check_pieces(const Peer& peer, const Piece* pieces, std::size_t num_pieces);
     void submit(Command command);
 
     // The rest runs on the progress thread.
@@ -116,6 +108,7 @@ class UcxEngine {
 
     // Owner thread.
     std::vector<std::unique_ptr<UcxRegion>> regions_;
+    std::vector<Span> spans_;  // of the regions
     std::unordered_map<std::uint64_t, std::shared_ptr<Peer>> peers_;
     std::uint64_t next_id_ = 1;
 

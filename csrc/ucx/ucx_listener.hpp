@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "ucx/socket_address.hpp"
+#include "core/socket_address.hpp"
 #include "ucx/ucx_worker.hpp"
 
 namespace dualpath {

@@ -6,7 +6,7 @@ namespace dualpath {
 
 UcxRegion::UcxRegion(std::shared_ptr<UcxContext> context, std::uintptr_t address,
                      std::size_t num_bytes)
-    : context_(std::move(context)), address_(address), num_bytes_(num_bytes) {
+    : context_(std::move(context)) {
     if (address == 0 || num_bytes == 0 || address + num_bytes < address) {
         throw std::invalid_argument("a region needs an address and a size");
     }
@@ -20,11 +20,6 @@ UcxRegion::UcxRegion(std::shared_ptr<UcxContext> context, std::uintptr_t address
 }
 
 UcxRegion::~UcxRegion() { context_->library().ucp_mem_unmap(context_->handle(), handle_); }
-
-bool UcxRegion::contains(std::uint64_t address, std::uint64_t num_bytes) const {
-    return address >= address_ && num_bytes <= num_bytes_ &&
-           address - address_ <= num_bytes_ - num_bytes;
-}
 
 std::string UcxRegion::packed_key() const {
     void* buffer = nullptr;

@@ -18,15 +18,11 @@ class UcxRegion {
     UcxRegion(const UcxRegion&) = delete;
     UcxRegion& operator=(const UcxRegion&) = delete;
 
-    // Whether [address, address + num_bytes) lies inside, without overflow.
-    bool contains(std::uint64_t address, std::uint64_t num_bytes) const;
     // What a peer needs, besides the address, to write here.
     std::string packed_key() const;
 
   private:
     std::shared_ptr<UcxContext> context_;
-    std::uintptr_t address_;
-    std::size_t num_bytes_;
     ucp_mem_h handle_ = nullptr;
 };
 

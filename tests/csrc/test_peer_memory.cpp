@@ -28,12 +28,12 @@ TEST(peer_memory_writes_appear_in_the_peers_mapping) {
 TEST(peer_memory_knows_its_bounds) {
     Staging peer(kBytes);
     const PeerMemory memory(peer.file(), peer.address(), kBytes);
-    CHECK(memory.contains(peer.address(), kBytes));
-    CHECK(memory.contains(peer.address() + kBytes - 1, 1));
-    CHECK(!memory.contains(peer.address() - 1, 2));
-    CHECK(!memory.contains(peer.address() + kBytes, 1));
-    CHECK(!memory.contains(peer.address() + 1, kBytes));
-    CHECK(!memory.contains(peer.address(), ~std::uint64_t{0}));
+    CHECK(memory.span().contains(peer.address(), kBytes));
+    CHECK(memory.span().contains(peer.address() + kBytes - 1, 1));
+    CHECK(!memory.span().contains(peer.address() - 1, 2));
+    CHECK(!memory.span().contains(peer.address() + kBytes, 1));
+    CHECK(!memory.span().contains(peer.address() + 1, kBytes));
+    CHECK(!memory.span().contains(peer.address(), ~std::uint64_t{0}));
 }
 
 TEST(peer_memory_refuses_what_is_not_the_peers) {

@@ -1,4 +1,4 @@
-#include "ucx/put_batch.hpp"
+#include "core/put_batch.hpp"
 
 #include "check.hpp"
 

@@ -201,7 +201,7 @@ class TransportContract:
         for bad in [(b"", descriptor), (address, b""), (address[:-1], descriptor), (address, own)]:
             with pytest.raises(TransportError):
                 pair.transport.connect(*bad, same_host=self.same_host)
-        if self.kind == "ucx":
+        if self.kind != "loopback":
             with pytest.raises(TransportError, match="damaged"):
                 pair.transport.connect(address, damaged, same_host=self.same_host)
 
@@ -268,3 +268,112 @@ class TransportContract:
         before = time.monotonic()
         pair.transport.close()
         assert time.monotonic() - before < 3
+
+
+class ProcessContract(TransportContract):
+    """What only a transport with real peers can show: idle processes, dead and stopped ones."""
+
+    def outcomes_after(self, pair: Pair, ids: list[int]) -> None:
+        """Every put ends once, then the peer is closed, by the transport or by disconnect."""
+        pair.transport.disconnect(pair.peer_id)
+        before = time.monotonic()
+        events = pair.events(len(ids) + 1)
+        assert time.monotonic() - before < 5
+        assert [event.put_id for event in events if isinstance(event, PutDone)] == ids
+        assert isinstance(events[-1], PeerClosed)
+
+    def test_idle_processes_sleep(self, pair: Pair) -> None:
+        """Connected and idle, neither side uses the CPU."""
+        pair.put_and_wait((0, 0, NUM_BYTES), notice=b"warm")
+        before = time.process_time()
+        assert pair.target.cpu_seconds_while_idle(1.0) < 0.1
+        assert time.process_time() - before < 0.1
+
+    def test_killed_target(self, pair: Pair) -> None:
+        """Puts to a process killed under way all end, and closing does not hang."""
+        pair.put_and_wait((0, 0, 8))
+        ids = [pair.put((0, 0, NUM_BYTES)) for _ in range(8)]
+        pair.target.kill()
+        self.outcomes_after(pair, ids)
+        before = time.monotonic()
+        pair.transport.close()
+        assert time.monotonic() - before < 4
+
+    def test_target_killed_before_the_put(self, pair: Pair) -> None:
+        """A put to a process long dead ends."""
+        pair.put_and_wait((0, 0, 8))
+        pair.target.kill()
+        time.sleep(0.2)
+        try:
+            ids = [pair.put((0, 0, 4096), notice=b"late")]
+        except PeerLost:
+            ids = []
+        self.outcomes_after(pair, ids)
+
+    def test_close_with_a_killed_target(self, pair: Pair) -> None:
+        """Closing right after a peer's death takes at most a few seconds."""
+        pair.put_and_wait((0, 0, 8))
+        pair.put((0, 0, NUM_BYTES))
+        pair.target.kill()
+        before = time.monotonic()
+        pair.transport.close()
+        assert time.monotonic() - before < 4
+
+    def test_stopped_target(self, pair: Pair) -> None:
+        """A peer that is alive but does nothing cannot hold disconnect or close."""
+        pair.put_and_wait((0, 0, 8))
+        with pair.target.stopped():
+            ids = [pair.put((0, 0, NUM_BYTES), notice=b"n") for _ in range(4)]
+            # More notices than a shared-memory queue holds, so that some must wait for the target.
+            ids += [pair.put(notice=bytes(4000)) for _ in range(2000)]
+            time.sleep(0.1)
+            self.outcomes_after(pair, ids)
+            before = time.monotonic()
+            pair.transport.close()
+            assert time.monotonic() - before < 4
+
+    def test_another_peer_is_not_disturbed(self, pair: Pair) -> None:
+        """The death of one peer leaves the connection to another as it was."""
+        other = type(pair.target)(self.kind, NUM_BYTES)
+        address, descriptor, base = other.hello()
+        other_id = pair.transport.connect(address, descriptor, same_host=self.same_host)
+        pair.put_and_wait((0, 0, 8))
+        ids = [pair.put((0, 0, NUM_BYTES)) for _ in range(4)]
+        pair.target.kill()
+        self.outcomes_after(pair, ids)
+        pair.peer_id, pair.target_address = other_id, base
+        pair.put_and_wait((0, 0, NUM_BYTES), notice=b"still here")
+        assert other.next_notice(0, 5.0) == (b"still here", 0)
+        other.kill()
+
+
+class RemoteContract(ProcessContract):
+    """What only a way between hosts can show: the loss of a peer, and of the way to it."""
+
+    same_host = False
+
+    def test_death_of_the_target_is_reported(self, pair: Pair) -> None:
+        """PeerClosed arrives without a put and without disconnect."""
+        pair.put_and_wait((0, 0, 8))
+        pair.target.kill()
+        (event,) = pair.events(1)
+        assert isinstance(event, PeerClosed)
+        with pytest.raises(PeerLost):
+            pair.put((0, 0, 8))
+
+    def test_writes_after_the_target_closed_are_rejected(self, pair: Pair) -> None:
+        """A target that has destroyed its end sees no byte more, though its process lives."""
+        pair.put_and_wait((0, 0, 4096))
+        for _ in range(16):
+            pair.put((0, 0, NUM_BYTES))
+        pair.target.close()
+        seen = pair.target.read(0, NUM_BYTES)
+        pair.memory.registered[:] = b"\xa5" * NUM_BYTES
+        try:
+            for _ in range(4):
+                pair.put((0, 0, NUM_BYTES))
+        except PeerLost:
+            pass
+        events = pair.events(21, 2.0)
+        assert isinstance(events[-1], PeerClosed)
+        assert pair.target.read(0, NUM_BYTES) == seen

@@ -87,7 +87,9 @@ class Mover:
         self._store = open_store(config.store, spec.fingerprint, geometry)
         self._storage = StorageQueue(config.store_threads, self._loop)
         self._book = TransferBook()
-        transport = make_transport(config.transport, config.listen)
+        transport = make_transport(
+            config.transport, config.listen, require_rdma=config.require_rdma
+        )
         region = transport.register(
             self._staging.address, self._staging.num_bytes, fd=self._staging.fd
         )

@@ -1,7 +1,7 @@
 """Moving bytes between staging memories, behind one protocol (``base``).
 
-``ucx`` is the one for use, ``loopback`` the one for tests inside a process. Knows nothing of
-blocks, slots or requests.
+``auto`` is the one for use: it takes ``ucx`` or ``tcp``, whichever is better to a peer.
+``loopback`` is the one for tests inside a process. Knows nothing of blocks, slots or requests.
 """
 
 from __future__ import annotations
@@ -29,19 +29,30 @@ __all__ = [
 ]
 
 
-def make_transport(kind: str, listen_host: str = "127.0.0.1", listen_port: int = 0) -> Transport:
+def make_transport(
+    kind: str, listen_host: str = "127.0.0.1", *, require_rdma: bool = False
+) -> Transport:
     """Start a transport. Raises ``ConfigError`` for an unknown kind.
 
-    ``ucx`` also raises ``NativeUnavailable`` without a usable UCX and ``TransportError`` when it
-    cannot listen there.
+    ``auto`` and ``ucx`` also raise ``NativeUnavailable`` without a usable UCX, ``auto`` a
+    ``ConfigError`` without the RDMA device that ``require_rdma`` asks for, and all but the loopback
+    ``TransportError`` when they cannot listen there.
     """
+    # Imported here: the loopback works without the compiled core.
+    if kind == "auto":
+        from vllm_dualpath.transport.auto import AutoTransport
+
+        return AutoTransport(listen_host, require_rdma=require_rdma)
     if kind == "ucx":
-        # Only here: the loopback works without the compiled core.
         from vllm_dualpath.transport.ucx import UcxTransport
 
-        return UcxTransport(listen_host, listen_port)
+        return UcxTransport(listen_host)
+    if kind == "tcp":
+        from vllm_dualpath.transport.tcp import TcpTransport
+
+        return TcpTransport(listen_host)
     if kind == "loopback":
         from vllm_dualpath.transport.loopback import LoopbackTransport
 
         return LoopbackTransport()
-    raise ConfigError(f"transport: expected 'ucx' or 'loopback', found {kind!r}")
+    raise ConfigError(f"transport: expected auto, ucx, tcp or loopback, found {kind!r}")

@@ -22,45 +22,36 @@ import ipaddress
 import logging
 import os
 import secrets
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 import numpy as np
 
 from vllm_dualpath import native
-from vllm_dualpath.errors import PeerLost, TransportError
-from vllm_dualpath.transport.base import (
-    Event,
-    NoticeReceived,
-    PeerClosed,
-    PutArray,
-    PutDone,
-    Region,
-    Transport,
-)
+from vllm_dualpath.errors import TransportError
+from vllm_dualpath.transport.base import Event, PutArray, Region, Transport
+from vllm_dualpath.transport.frames import event_of, pack, translated, unpack
 
 logger = logging.getLogger(__name__)
 
 MAX_INFLIGHT_BYTES = 64 << 20
 MAX_PUT_BYTES = 1 << 20
 
-_PUT_DONE, _NOTICE = 0, 1  # TransportEvent::Kind in csrc/core/event_queue.hpp; 2 is a closed peer
-_FRAME_VERSION = 2
 _NAMESPACES = ("pid", "user")
 _SHARED_MEMORY = frozenset({"cma", "posix", "sysv", "xpmem", "knem"})
 
 
-class _Address(msgspec.Struct, frozen=True, array_like=True):
-    version: int
+class _Address(msgspec.Struct, frozen=True, array_like=True, tag="ucx-address-2"):
+    """UCX address."""
+
     nonce: bytes
     host: str
     port: int
     worker_address: bytes
     memory_domain: str
     has_cma: bool
+    has_rdma: bool
 
 
 class _File(msgspec.Struct, frozen=True, array_like=True):
@@ -72,16 +63,14 @@ class _File(msgspec.Struct, frozen=True, array_like=True):
     inode: int
 
 
-class _Descriptor(msgspec.Struct, frozen=True, array_like=True):
-    version: int
+class _Descriptor(msgspec.Struct, frozen=True, array_like=True, tag="ucx-region-2"):
+    """UCX region descriptor."""
+
     nonce: bytes
     address: int
     num_bytes: int
     key: bytes
     file: _File | None
-
-
-_Frame = TypeVar("_Frame", _Address, _Descriptor)
 
 
 class UcxTransport(Transport):
@@ -108,7 +97,7 @@ class UcxTransport(Transport):
     ) -> None:
         self._host = advertise_host or listen_host
         library = native.load_ucx()
-        with _translated():
+        with translated():
             if ipaddress.ip_address(self._host).is_unspecified:
                 raise ValueError(f"peers cannot connect to {self._host}; set advertise_host")
             self._engine = native.UcxEngine(
@@ -130,30 +119,45 @@ class UcxTransport(Transport):
 
     @property
     def address(self) -> bytes:
-        return _pack(
+        return pack(
             _Address(
-                version=_FRAME_VERSION,
                 nonce=self._nonce,
                 host=self._host,
                 port=self._engine.listen_port,
                 worker_address=self._engine.worker_address,
                 memory_domain=self._memory_domain,
                 has_cma=self._has_cma,
+                has_rdma=self._report.has_rdma,
             )
         )
 
+    @property
+    def report(self) -> native.UcxReport:
+        """The library and its transports."""
+        return self._report
+
+    def suits(self, peer_address: bytes, *, same_host: bool) -> bool:
+        """Whether there is a way by shared memory or RDMA to this peer.
+
+        Raises ``TransportError`` on bad input.
+        """
+        peer = unpack(peer_address, _Address)
+        if same_host and peer.memory_domain == self._memory_domain != "":
+            return True
+        return peer.has_rdma and self._report.has_rdma
+
     def register(self, address: int, num_bytes: int, *, fd: int | None = None) -> Region:
         self._check_open()
-        with _translated():
+        with translated():
             key = self._engine.register_region(address, num_bytes)
             file = None if fd is None else _describe_file(fd)
-        descriptor = _Descriptor(_FRAME_VERSION, self._nonce, address, num_bytes, key, file)
-        return Region(address, num_bytes, _pack(descriptor))
+        descriptor = _Descriptor(self._nonce, address, num_bytes, key, file)
+        return Region(address, num_bytes, pack(descriptor))
 
     def connect(self, peer_address: bytes, region_descriptor: bytes, *, same_host: bool) -> int:
         self._check_open()
-        peer = _unpack(peer_address, _Address)
-        region = _unpack(region_descriptor, _Descriptor)
+        peer = unpack(peer_address, _Address)
+        region = unpack(region_descriptor, _Descriptor)
         if peer.nonce != region.nonce:
             raise TransportError("address and region descriptor are of different transports")
         local = same_host and peer.memory_domain == self._memory_domain != ""
@@ -161,7 +165,7 @@ class UcxTransport(Transport):
         by_memory = memory is not None or (local and peer.has_cma and self._has_cma)
         if not by_memory:
             self._warn_of_slow_path(peer, same_host)
-        with _translated():
+        with translated():
             return self._engine.connect(
                 host="" if by_memory else peer.host,
                 port=peer.port,
@@ -173,7 +177,7 @@ class UcxTransport(Transport):
             )
 
     def put(self, peer_id: int, pieces: PutArray, notice: bytes) -> int:
-        with _translated():
+        with translated():
             return self._engine.put(peer_id, np.ascontiguousarray(pieces, np.uint64), notice)
 
     def disconnect(self, peer_id: int) -> None:
@@ -183,7 +187,7 @@ class UcxTransport(Transport):
         return self._engine.fileno()
 
     def poll(self) -> Sequence[Event]:
-        return [_event(*fields) for fields in self._engine.poll()]
+        return [event_of(*fields) for fields in self._engine.poll()]
 
     def close(self) -> None:
         self._closed = True
@@ -231,51 +235,3 @@ def _memory_domain(transports: tuple[str, ...]) -> str:
 def _describe_file(fd: int) -> _File:
     stat = os.fstat(fd)
     return _File(os.getpid(), fd, stat.st_dev, stat.st_ino)
-
-
-def _event(kind: int, event_id: int, ok: bool, text: bytes) -> Event:
-    if kind == _NOTICE:
-        return NoticeReceived(text)
-    error = text.decode(errors="replace")
-    if kind == _PUT_DONE:
-        return PutDone(event_id, ok, error)
-    return PeerClosed(event_id, error)
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
-    try:
-        yield
-    except native.PeerClosedError as exc:
-        raise PeerLost(str(exc)) from exc
-    except (native.UcxError, ValueError, OverflowError, TypeError, OSError) as exc:
-        raise TransportError(str(exc)) from exc
-
-
-def _checksum(payload: bytes) -> bytes:
-    return native.crc32c(native.buffer_address(payload), len(payload)).to_bytes(4, "little")
-
-
-def _pack(frame: _Address | _Descriptor) -> bytes:
-    payload = msgspec.msgpack.encode(frame)
-    return _checksum(payload) + payload
-
-
-def _unpack(data: bytes, frame_type: type[_Frame]) -> _Frame:
-    """Decode what ``_pack`` made, or raise ``TransportError``.
-
-    UCX parses packed addresses and keys without knowing where they end, so that a cut or damaged
-    one must not reach it. The checksum is no defence against an enemy: these bytes travel over
-    authenticated control only.
-    """
-    what = frame_type.__name__.strip("_").lower()
-    checksum, payload = bytes(data[:4]), bytes(data[4:])
-    if not payload or _checksum(payload) != checksum:
-        raise TransportError(f"not a UCX {what}: damaged or cut off")
-    try:
-        frame = msgspec.msgpack.decode(payload, type=frame_type)
-    except msgspec.DecodeError as exc:
-        raise TransportError(f"not a UCX {what}: {exc}") from exc
-    if frame.version != _FRAME_VERSION:
-        raise TransportError(f"UCX {what} of version {frame.version}, expected {_FRAME_VERSION}")
-    return frame

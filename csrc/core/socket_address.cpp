@@ -1,4 +1,4 @@
-#include "ucx/socket_address.hpp"
+#include "core/socket_address.hpp"
 
 #include <netdb.h>
 #include <netinet/in.h>
