@@ -32,7 +32,7 @@ TcpReceiver::TcpReceiver(TcpSocket socket, const Token& token,
       regions_(std::move(regions)),
       on_notice_(std::move(on_notice)),
       thread_([this] { run(); }) {
-    pthread_setname_np(thread_.native_handle(), "dualpath-tcp-in");
+    pthread_setname_np(thread_.native_handle(), "dualpath-tcp-rx");
 }
 
 TcpReceiver::~TcpReceiver() { stop(); }

@@ -46,7 +46,7 @@ TcpSender::TcpSender(std::uint64_t peer_id, const SocketAddress& address, const 
       regions_(std::move(regions)),
       events_(events),
       thread_([this] { run(); }) {
-    pthread_setname_np(thread_.native_handle(), "dualpath-tcp-out");
+    pthread_setname_np(thread_.native_handle(), "dualpath-tcp-tx");
 }
 
 TcpSender::~TcpSender() {

@@ -29,6 +29,19 @@ void set_option(int fd, int level, int name, int value) {
     }
 }
 
+// BBR spreads what it sends by timers. Over the round trips of a data centre that costs a third of
+// the rate and finds nothing that loss would not tell; any other default is the operator's choice.
+void avoid_pacing(int fd) {
+    char name[16] = {};
+    socklen_t size = sizeof name;
+    if (::getsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, name, &size) != 0) return;
+    if (std::strncmp(name, "bbr", 3) != 0) return;
+    constexpr char kCubic[] = "cubic";
+    // Where there is no cubic it stays as it is: slower, and as right.
+    [[maybe_unused]] const int result =
+        ::setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, kCubic, sizeof kCubic - 1);
+}
+
 int open_socket(const SocketAddress& address, int flags) {
     const int fd = ::socket(address.get()->sa_family, SOCK_STREAM | SOCK_CLOEXEC | flags, 0);
     if (fd < 0) throw_tcp_error("making a socket (`ulimit -n`?)", errno);
@@ -88,6 +101,7 @@ void TcpSocket::prepare_for_data() const {
     set_option(fd_, IPPROTO_TCP, TCP_KEEPINTVL, kProbeSeconds);
     set_option(fd_, IPPROTO_TCP, TCP_KEEPCNT, kProbes);
     set_option(fd_, IPPROTO_TCP, TCP_USER_TIMEOUT, kUnansweredMilliseconds);
+    avoid_pacing(fd_);
 }
 
 void TcpSocket::set_timeout(std::chrono::milliseconds timeout) const {

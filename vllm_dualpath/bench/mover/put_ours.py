@@ -8,8 +8,8 @@ from typing import Any
 
 from vllm_dualpath.bench.mover.put_memory import InitiatorMemory, TargetMemory, make_pieces
 from vllm_dualpath.errors import TransportError
+from vllm_dualpath.transport.auto import AutoTransport
 from vllm_dualpath.transport.base import PutArray, PutDone
-from vllm_dualpath.transport.ucx import UcxTransport
 
 _PUT_S = 20.0
 
@@ -19,7 +19,7 @@ class Target(TargetMemory):
 
     def __init__(self) -> None:
         super().__init__()
-        self._transport = UcxTransport()
+        self._transport = AutoTransport()
         self._region = self._transport.register(
             self.memory.address, self.memory.num_bytes, fd=self.memory.fd
         )
@@ -37,7 +37,7 @@ class Initiator(InitiatorMemory):
 
     def __init__(self) -> None:
         super().__init__()
-        self._transport = UcxTransport()
+        self._transport = AutoTransport()
         self._transport.register(self.memory.address, self.memory.num_bytes)
         self._remote_address = 0
         self._peer_id = 0
