@@ -31,6 +31,7 @@ except ImportError as exc:
 PeerMemory = _native.PeerMemory
 TcpEngine = _native.TcpEngine
 TcpError = _native.TcpError
+BlockEngine = _native.BlockEngine
 UcxEngine = _native.UcxEngine
 UcxError = _native.UcxError
 PeerClosedError = _native.PeerClosedError
@@ -38,6 +39,7 @@ RawPutLoop = _native.RawPutLoop
 RawPutTarget = _native.RawPutTarget
 
 __all__ = [
+    "BlockEngine",
     "PeerClosedError",
     "PeerMemory",
     "RawPutLoop",

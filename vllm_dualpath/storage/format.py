@@ -34,7 +34,21 @@ class BlockHeader:
 
     hash: bytes
     parent: bytes
-    layer_crcs: tuple[int, ...]
+    layer_crcs: bytes
+    """The CRC32C of each layer, as they lie in the header."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """The offsets and sizes in a block's file that the compiled core needs, in bytes."""
+
+    header_bytes: int
+    payload_bytes: int
+    crc_table_offset: int
+    """In the header: one CRC32C a layer."""
+    header_crc_offset: int
+    """In the header: the CRC32C of all before it."""
+    layer_bytes: tuple[int, ...]
 
 
 class BlockFormat:
@@ -56,17 +70,23 @@ class BlockFormat:
         self._layer_bytes = geometry.layer_block_bytes
         self._crcs = struct.Struct(f"<{geometry.num_layers}I")
 
-    def write_header(
-        self, header: memoryview, block_hash: bytes, parent: bytes, payload: memoryview
-    ) -> None:
-        """Fill ``header`` (4 KiB, writable) for ``payload``."""
+    @property
+    def layout(self) -> FileLayout:
+        """Where the compiled core finds what it moves and checks."""
+        return FileLayout(
+            header_bytes=HEADER_BYTES,
+            payload_bytes=self.geometry.slot_bytes,
+            crc_table_offset=_FIXED.size,
+            header_crc_offset=_HEADER_CRC_OFFSET,
+            layer_bytes=self._layer_bytes,
+        )
+
+    def header_template(self, block_hash: bytes, parent: bytes) -> bytes:
+        """A header whose checksums, those of the layers and its own, are still to be filled in."""
         for name, value in (("hash", block_hash), ("parent", parent)):
             if len(value) != HASH_BYTES:
                 raise ValueError(f"block {name}: expected {HASH_BYTES} bytes, found {len(value)}")
-        header[:] = bytes(HEADER_BYTES)
-        _FIXED.pack_into(
-            header,
-            0,
+        fixed = _FIXED.pack(
             _MAGIC,
             FORMAT_VERSION,
             self.geometry.block_tokens,
@@ -76,10 +96,9 @@ class BlockFormat:
             self.geometry.slot_bytes,
             self.geometry.num_layers,
         )
-        self._crcs.pack_into(header, _FIXED.size, *self.payload_crcs(payload))
-        _CRC.pack_into(header, _HEADER_CRC_OFFSET, _header_crc(header))
+        return fixed.ljust(HEADER_BYTES, b"\0")
 
-    def read_header(self, header: memoryview, block_hash: bytes) -> BlockHeader:
+    def read_header(self, header: bytes | memoryview, block_hash: bytes) -> BlockHeader:
         """Parse ``header`` and check that it belongs to ``block_hash`` in this store.
 
         Raises ``BlockCorrupt`` naming the first field that is wrong, expected and found.
@@ -98,21 +117,31 @@ class BlockFormat:
         _expect(name, "token count", self.geometry.block_tokens, tokens)
         _expect(name, "payload bytes", self.geometry.slot_bytes, payload_bytes)
         _expect(name, "layers", self.geometry.num_layers, num_layers)
-        return BlockHeader(found_hash, parent, self._crcs.unpack_from(header, _FIXED.size))
+        end = _FIXED.size + _CRC.size * num_layers
+        return BlockHeader(found_hash, parent, bytes(header[_FIXED.size : end]))
 
-    def payload_crcs(self, payload: memoryview) -> list[int]:
-        """The CRC32C of each Layer Block; the padding after the last is not covered."""
-        return native.crc32c_many(native.buffer_address(payload), self._layer_bytes)
+    def check_layers(self, header: BlockHeader, found: bytes) -> None:
+        """Compare with the checksums ``found``, as they lie in a header.
 
-    def check_payload(self, header: BlockHeader, payload: memoryview) -> None:
-        """Raise ``BlockCorrupt`` naming the first layer whose bytes are not the stored ones."""
-        found = self.payload_crcs(payload)
-        for layer, (expected, actual) in enumerate(zip(header.layer_crcs, found, strict=True)):
+        Raises ``BlockCorrupt`` naming the first layer whose bytes are not the stored ones.
+        """
+        if header.layer_crcs == found:
+            return
+        pairs = zip(self._crcs.unpack(header.layer_crcs), self._crcs.unpack(found), strict=True)
+        for layer, (expected, actual) in enumerate(pairs):
             if expected != actual:
                 raise BlockCorrupt(
                     f"block {header.hash.hex()}: layer {layer} CRC32C: expected {expected:#010x},"
                     f" found {actual:#010x}"
                 )
+
+    def check_size(self, block_hash: bytes, found_bytes: int) -> None:
+        """Raise ``BlockCorrupt`` unless a block's file has its size."""
+        if found_bytes != self.file_bytes:
+            raise BlockCorrupt(
+                f"block {block_hash.hex()}: file size: expected {self.file_bytes} bytes,"
+                f" found {found_bytes}"
+            )
 
 
 def describe_geometry(geometry: Geometry) -> dict[str, object]:
@@ -126,7 +155,7 @@ def store_id(fingerprint: bytes, geometry: Geometry) -> bytes:
     return hashlib.sha256(hashlib.sha256(fingerprint).digest() + canonical.encode()).digest()
 
 
-def _header_crc(header: memoryview) -> int:
+def _header_crc(header: bytes | memoryview) -> int:
     return native.crc32c(native.buffer_address(header), _HEADER_CRC_OFFSET)
 
 

@@ -54,14 +54,6 @@ class BlockTree:
         """A name no other writer uses."""
         return self.temporary_dir / f"{self._writer}-{next(self._counter)}"
 
-    def publish(self, temporary: Path, path: Path) -> None:
-        """Give a written file its name, making the fan-out directories on first use."""
-        try:
-            temporary.replace(path)
-        except FileNotFoundError:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.replace(path)
-
     def quarantine(self, path: Path) -> None:
         """Take a bad block out of the store, keeping the last few. Never raises ``OSError``.
 
