@@ -86,13 +86,14 @@ class IoOutcome:
     crcs: bytes
     """Reads that are done and verify: the checksum of each layer, as they lie in a header."""
 
-    def raise_failure(self, action: str) -> None:
-        """Raise the ``StorageError`` that fits errno; ``action`` starts the message."""
+    def raise_failure(self, action: str, block_hash: bytes) -> None:
+        """Raise the ``StorageError`` that fits errno, if it failed; ``action``: get or put."""
         if self.status is not IoStatus.FAILED:
             return
         step = self.step.name.lower().replace("_", " ")
-        message = f"{action}: {step}: {OSError(self.error, os.strerror(self.error))}"
-        raise storage_error(self.error, message, reading=action.startswith("get"))
+        cause = OSError(self.error, os.strerror(self.error))
+        message = f"{action} block {block_hash.hex()}: {step}: {cause}"
+        raise storage_error(self.error, message, reading=action == "get")
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,28 +147,28 @@ class BlockIo:
         """Readable while outcomes wait for ``poll``."""
         return self._engine.fileno()
 
-    def read(self, path: Path, payload: memoryview, *, verify: bool) -> IoOutcome:
+    def read(self, path: str, payload: memoryview, *, verify: bool) -> IoOutcome:
         """Read a file and wait for its end."""
-        return _outcome(self._engine.read(str(path), self._address(payload), verify))
+        return _outcome(self._engine.read(path, self._address(payload), verify))
 
-    def write(self, path: Path, temporary: Path, payload: memoryview, header: bytes) -> IoOutcome:
+    def write(self, path: str, temporary: str, payload: memoryview, header: bytes) -> IoOutcome:
         """Write a file, give it its name, and wait for the end."""
         address = self._address(payload)
-        return _outcome(self._engine.write(str(path), str(temporary), address, header))
+        return _outcome(self._engine.write(path, temporary, address, header))
 
-    def submit_read(self, path: Path, payload: memoryview, *, verify: bool) -> int:
+    def submit_read(self, path: str, payload: memoryview, *, verify: bool) -> int:
         """Queue a read; returns its ticket."""
         address = self._address(payload)
         with self._lock:
-            ticket = self._engine.submit_read(str(path), address, verify)
+            ticket = self._engine.submit_read(path, address, verify)
             self._payloads[ticket] = payload
         return ticket
 
-    def submit_write(self, path: Path, temporary: Path, payload: memoryview, header: bytes) -> int:
+    def submit_write(self, path: str, temporary: str, payload: memoryview, header: bytes) -> int:
         """Queue a write; returns its ticket."""
         address = self._address(payload)
         with self._lock:
-            ticket = self._engine.submit_write(str(path), str(temporary), address, header)
+            ticket = self._engine.submit_write(path, temporary, address, header)
             self._payloads[ticket] = payload
         return ticket
 

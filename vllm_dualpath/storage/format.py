@@ -25,6 +25,18 @@ _FIXED = struct.Struct("<8sII32s32s32sQI")
 _CRC = struct.Struct("<I")
 _HEADER_CRC_OFFSET = HEADER_BYTES - _CRC.size
 
+_FIELD_NAMES = (
+    "header CRC32C",
+    "magic",
+    "format version",
+    "token count",
+    "hash",
+    "parent",
+    "store (model and geometry)",
+    "payload bytes",
+    "layers",
+)
+
 MAX_LAYERS = (_HEADER_CRC_OFFSET - _FIXED.size) // _CRC.size
 
 
@@ -66,7 +78,8 @@ class BlockFormat:
             )
         self.geometry = geometry
         self.store_id = store_id(fingerprint, geometry)
-        self.file_bytes = HEADER_BYTES + geometry.slot_bytes
+        self._slot_bytes = geometry.slot_bytes
+        self.file_bytes = HEADER_BYTES + self._slot_bytes
         self._layer_bytes = geometry.layer_block_bytes
         self._crcs = struct.Struct(f"<{geometry.num_layers}I")
 
@@ -86,39 +99,34 @@ class BlockFormat:
         for name, value in (("hash", block_hash), ("parent", parent)):
             if len(value) != HASH_BYTES:
                 raise ValueError(f"block {name}: expected {HASH_BYTES} bytes, found {len(value)}")
-        fixed = _FIXED.pack(
+        fixed = _FIXED.pack(*self._fixed_fields(block_hash, parent))
+        return fixed.ljust(HEADER_BYTES, b"\0")
+
+    def _fixed_fields(self, block_hash: bytes, parent: bytes) -> tuple[bytes | int, ...]:
+        return (
             _MAGIC,
             FORMAT_VERSION,
             self.geometry.block_tokens,
             block_hash,
             parent,
             self.store_id,
-            self.geometry.slot_bytes,
+            self._slot_bytes,
             self.geometry.num_layers,
         )
-        return fixed.ljust(HEADER_BYTES, b"\0")
 
     def read_header(self, header: bytes | memoryview, block_hash: bytes) -> BlockHeader:
         """Parse ``header`` and check that it belongs to ``block_hash`` in this store.
 
         Raises ``BlockCorrupt`` naming the first field that is wrong, expected and found.
         """
-        name = block_hash.hex()
-        (magic, version, tokens, found_hash, parent, found_store, payload_bytes, num_layers) = (
-            _FIXED.unpack_from(header)
-        )
-        # The CRC first: any other field of a damaged header would only mislead.
+        found = _FIXED.unpack_from(header)
         (stated_crc,) = _CRC.unpack_from(header, _HEADER_CRC_OFFSET)
-        _expect(name, "header CRC32C", f"{_header_crc(header):#010x}", f"{stated_crc:#010x}")
-        _expect(name, "magic", _MAGIC, magic)
-        _expect(name, "format version", FORMAT_VERSION, version)
-        _expect(name, "hash", name, found_hash.hex())
-        _expect(name, "store (model and geometry)", self.store_id.hex(), found_store.hex())
-        _expect(name, "token count", self.geometry.block_tokens, tokens)
-        _expect(name, "payload bytes", self.geometry.slot_bytes, payload_bytes)
-        _expect(name, "layers", self.geometry.num_layers, num_layers)
-        end = _FIXED.size + _CRC.size * num_layers
-        return BlockHeader(found_hash, parent, bytes(header[_FIXED.size : end]))
+        # The CRC first: any other field of a damaged header would only mislead.
+        expected = (_header_crc(header), *self._fixed_fields(block_hash, found[4]))
+        if (stated_crc, *found) != expected:
+            _name_difference(block_hash.hex(), expected, (stated_crc, *found))
+        end = _FIXED.size + self._crcs.size
+        return BlockHeader(block_hash, found[4], bytes(header[_FIXED.size : end]))
 
     def check_layers(self, header: BlockHeader, found: bytes) -> None:
         """Compare with the checksums ``found``, as they lie in a header.
@@ -159,6 +167,10 @@ def _header_crc(header: bytes | memoryview) -> int:
     return native.crc32c(native.buffer_address(header), _HEADER_CRC_OFFSET)
 
 
-def _expect(name: str, field: str, expected: object, found: object) -> None:
-    if expected != found:
-        raise BlockCorrupt(f"block {name}: {field}: expected {expected}, found {found}")
+def _name_difference(
+    name: str, expected: tuple[bytes | int, ...], found: tuple[bytes | int, ...]
+) -> None:
+    for field, wanted, actual in zip(_FIELD_NAMES, expected, found, strict=True):
+        if wanted != actual:
+            shown = [each.hex() if isinstance(each, bytes) else each for each in (wanted, actual)]
+            raise BlockCorrupt(f"block {name}: {field}: expected {shown[0]}, found {shown[1]}")

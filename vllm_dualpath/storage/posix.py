@@ -104,12 +104,12 @@ class PosixStore:
 
     def get(self, block_hash: bytes, payload: memoryview, *, verify: bool = True) -> int:
         request = ReadBlock(block_hash, payload, verify)
-        path = self._tree.path(block_hash)
+        path = self._tree.file_name(block_hash)
         return _settled(self._read_ended(request, self._io.read(path, payload, verify=verify)))
 
     def put(self, block_hash: bytes, parent: bytes, payload: memoryview) -> int:
         header = self._format.header_template(block_hash, parent)
-        path, temporary = self._tree.path(block_hash), self._tree.temporary_path()
+        path, temporary = self._tree.file_name(block_hash), self._tree.temporary_name()
         outcome = self._io.write(path, temporary, payload, header)
         return _settled(_write_ended(block_hash, outcome))
 
@@ -117,10 +117,10 @@ class PosixStore:
         return self._io.fileno()
 
     def submit(self, request: ReadBlock | WriteBlock) -> int:
-        path, payload = self._tree.path(request.hash), request.payload
+        path, payload = self._tree.file_name(request.hash), request.payload
         if isinstance(request, WriteBlock):
             header = self._format.header_template(request.hash, request.parent)
-            ticket = self._io.submit_write(path, self._tree.temporary_path(), payload, header)
+            ticket = self._io.submit_write(path, self._tree.temporary_name(), payload, header)
         else:
             ticket = self._io.submit_read(path, payload, verify=request.verify)
         self._open[ticket] = request
@@ -210,19 +210,18 @@ class PosixStore:
         """Check a block that was read, and say what is left to be done about it."""
         if outcome.status is IoStatus.CANCELLED:
             return Finished(outcome.ticket, cancelled=True)
-        path = self._tree.path(request.hash)
         try:
-            outcome.raise_failure(f"get block {request.hash.hex()}")
+            outcome.raise_failure("get", request.hash)
             self._check(request, outcome)
         except BlockCorrupt as exc:
             logger.warning("%s: quarantined", exc)
-            return Finished(
-                outcome.ticket, error=exc, follow_up=partial(self._tree.quarantine, path)
-            )
+            follow_up = partial(self._tree.quarantine, self._tree.path(request.hash))
+            return Finished(outcome.ticket, error=exc, follow_up=follow_up)
         except StorageError as exc:
             return Finished(outcome.ticket, error=exc)
-        used = time.time() - outcome.modified_s >= TOUCH_INTERVAL_S
-        touch = partial(self._touch, path) if used else None
+        if time.time() - outcome.modified_s < TOUCH_INTERVAL_S:
+            return Finished(outcome.ticket, outcome.num_bytes)
+        touch = partial(self._touch, self._tree.path(request.hash))
         return Finished(outcome.ticket, outcome.num_bytes, follow_up=touch)
 
     def _check(self, request: ReadBlock, outcome: IoOutcome) -> None:
@@ -271,7 +270,7 @@ def _write_ended(block_hash: bytes, outcome: IoOutcome) -> Finished:
     if outcome.status is IoStatus.CANCELLED:
         return Finished(outcome.ticket, cancelled=True)
     try:
-        outcome.raise_failure(f"put block {block_hash.hex()}")
+        outcome.raise_failure("put", block_hash)
     except StorageError as exc:
         return Finished(outcome.ticket, error=exc)
     return Finished(outcome.ticket, outcome.num_bytes)

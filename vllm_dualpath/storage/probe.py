@@ -28,6 +28,10 @@ _LAYOUT = FileLayout(
 )
 
 
+_SCRATCH = bytes(4)
+"""Stands for a block's hash in messages."""
+
+
 def choose_io(directory: Path, wanted: WantedIo = "auto", direct: bool | None = None) -> IoChoice:
     """The best way that works in ``directory``, and why no better one does.
 
@@ -71,11 +75,10 @@ def _try(directory: Path, choice: IoChoice) -> str:
 def _transfer(io: BlockIo, scratch: Path) -> str:
     written, found = aligned_buffer(ALIGNMENT_BYTES), aligned_buffer(ALIGNMENT_BYTES)
     written[:] = os.urandom(ALIGNMENT_BYTES)
-    temporary = scratch.with_name(f"{scratch.name}-new")
-    outcome = io.write(scratch, temporary, written, bytes(ALIGNMENT_BYTES))
-    outcome.raise_failure("writing a scratch file")
-    outcome = io.read(scratch, found, verify=False)
-    outcome.raise_failure("reading a scratch file")
+    outcome = io.write(str(scratch), f"{scratch}-new", written, bytes(ALIGNMENT_BYTES))
+    outcome.raise_failure("put", _SCRATCH)
+    outcome = io.read(str(scratch), found, verify=False)
+    outcome.raise_failure("get", _SCRATCH)
     if outcome.status is not IoStatus.DONE or found != written:
         return "a scratch file does not hold what was written to it"
     return ""
