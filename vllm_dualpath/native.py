@@ -107,7 +107,8 @@ def crc32c_many(address: int, sizes: Sequence[int]) -> list[int]:
 
 
 def crc32c_implementation() -> str:
-    """Which instructions ``crc32c`` runs on here: ``sse4.2+pclmul`` or ``portable``."""
+    """Which instructions ``crc32c`` runs on here: ``avx512+vpclmulqdq``,
+    ``sse4.2+pclmul`` or ``portable``."""
     return _native.crc32c_implementation()
 
 

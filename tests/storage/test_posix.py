@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from vllm_dualpath.blocks import Geometry
+from vllm_dualpath.config import StoreIo
 from vllm_dualpath.errors import ConfigError, StorageError, StoreFull
 from vllm_dualpath.storage import (
     BlockStore,
@@ -21,7 +22,7 @@ from vllm_dualpath.storage import (
     measure_bandwidth,
     open_store,
 )
-from vllm_dualpath.storage.probe import WantedIo, choose_io
+from vllm_dualpath.storage.probe import choose_io
 
 from .contract import (
     FILE_BYTES,
@@ -238,7 +239,7 @@ class TestFullFileSystem:
 
     @pytest.mark.parametrize("wanted", ["io_uring", "threads"])
     def test_a_block_without_room_raises_and_leaves_nothing(
-        self, tiny: Path, wanted: WantedIo
+        self, tiny: Path, wanted: StoreIo
     ) -> None:
         store = PosixStore(f"file://{tiny}", FINGERPRINT, GEOMETRY, io=IoOptions(wanted))
         with pytest.raises(StoreFull, match="store_quota_bytes"):

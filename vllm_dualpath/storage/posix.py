@@ -25,6 +25,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from vllm_dualpath.blocks import Geometry
+from vllm_dualpath.config import StoreIo
 from vllm_dualpath.errors import BlockCorrupt, ConfigError, StorageError
 from vllm_dualpath.storage import directio
 from vllm_dualpath.storage.base import BlockEntry, Finished, ReadBlock, WriteBlock
@@ -32,7 +33,7 @@ from vllm_dualpath.storage.block_io import BlockIo, IoChoice, IoOutcome, IoStatu
 from vllm_dualpath.storage.format import BlockFormat
 from vllm_dualpath.storage.lease import EvictionLease
 from vllm_dualpath.storage.manifest import ensure_manifest
-from vllm_dualpath.storage.probe import WantedIo, choose_io
+from vllm_dualpath.storage.probe import choose_io
 from vllm_dualpath.storage.tree import BlockTree
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ TOUCH_INTERVAL_S = 60.0
 class IoOptions:
     """How a store moves its blocks; the defaults are those of the configuration."""
 
-    wanted: WantedIo = "auto"
+    wanted: StoreIo = "auto"
     num_threads: int | None = None
     """A direction; None means the backend's default."""
     depth: int = 64

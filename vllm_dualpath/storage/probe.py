@@ -9,15 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 from vllm_dualpath.blocks import ALIGNMENT_BYTES
+from vllm_dualpath.config import StoreIo
 from vllm_dualpath.errors import ConfigError, StorageError
 from vllm_dualpath.storage.block_io import Backend, BlockIo, IoChoice, IoStatus
 from vllm_dualpath.storage.directio import aligned_buffer
 from vllm_dualpath.storage.format import FileLayout
-
-WantedIo = Literal["auto", "io_uring", "threads"]
 
 _LAYOUT = FileLayout(
     header_bytes=ALIGNMENT_BYTES,
@@ -32,7 +30,7 @@ _SCRATCH = bytes(4)
 """Stands for a block's hash in messages."""
 
 
-def choose_io(directory: Path, wanted: WantedIo = "auto", direct: bool | None = None) -> IoChoice:
+def choose_io(directory: Path, wanted: StoreIo = "auto", direct: bool | None = None) -> IoChoice:
     """The best way that works in ``directory``, and why no better one does.
 
     ``wanted`` narrows the choice to one backend, ``direct`` to direct or buffered I/O. Raises
@@ -47,7 +45,7 @@ def choose_io(directory: Path, wanted: WantedIo = "auto", direct: bool | None = 
     raise ConfigError(f"store: no I/O works in {directory}: {'; '.join(refusals)}")
 
 
-def _candidates(wanted: WantedIo, direct: bool | None) -> Iterator[tuple[Backend, bool]]:
+def _candidates(wanted: StoreIo, direct: bool | None) -> Iterator[tuple[Backend, bool]]:
     backends: tuple[Backend, ...] = ("io_uring", "threads") if wanted == "auto" else (wanted,)
     for is_direct in (True, False) if direct is None else (direct,):
         for backend in backends:
