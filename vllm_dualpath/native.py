@@ -107,8 +107,7 @@ def crc32c_many(address: int, sizes: Sequence[int]) -> list[int]:
 
 
 def crc32c_implementation() -> str:
-    """Which instructions ``crc32c`` runs on here: ``avx512+vpclmulqdq``,
-    ``sse4.2+pclmul`` or ``portable``."""
+    """``avx512+vpclmulqdq``, ``sse4.2+pclmul`` or ``portable``: what ``crc32c`` runs on here."""
     return _native.crc32c_implementation()
 
 

