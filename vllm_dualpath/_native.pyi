@@ -109,3 +109,32 @@ class RawPutLoop:
     def put(
         self, pieces: npt.NDArray[np.uint64], progress_every: int, timeout_s: float
     ) -> float: ...
+
+Outcome = tuple[int, int, int, int, int, int, int, bytes, bytes]
+# id, status, step, errno, bytes moved, bytes found, mtime in seconds, header, CRCs (little-endian)
+
+class BlockEngine:
+    def __init__(
+        self,
+        *,
+        io_uring: bool,
+        direct: bool,
+        num_threads: int,
+        depth: int,
+        piece_bytes: int,
+        directory: str,
+        header_bytes: int,
+        payload_bytes: int,
+        crc_table_offset: int,
+        header_crc_offset: int,
+        layer_bytes: Sequence[int],
+    ) -> None: ...
+    def fileno(self) -> int: ...
+    def read(self, path: str, address: int, verify: bool) -> Outcome: ...
+    def write(self, path: str, temporary: str, address: int, header: bytes) -> Outcome: ...
+    def submit_read(self, path: str, address: int, verify: bool) -> int: ...
+    def submit_write(self, path: str, temporary: str, address: int, header: bytes) -> int: ...
+    def cancel(self, id: int) -> bool: ...  # noqa: A002  # the binding's name
+    def started_s(self, id: int) -> float | None: ...  # noqa: A002  # the binding's name
+    def poll(self) -> list[Outcome]: ...
+    def close(self, timeout_s: float) -> bool: ...

@@ -25,6 +25,7 @@ _DECODE_PERSIST_SLOTS = 64
 
 EngineRole = Literal["prefill", "decode", "both"]
 Mode = Literal["prefill_only", "dual", "split"]
+StoreIo = Literal["auto", "io_uring", "threads"]
 
 
 class _Frozen(BaseModel):
@@ -73,8 +74,23 @@ class EngineConfig(_Frozen):
     store_quota_bytes: int | None = Field(
         None, gt=0, description="evict least recently used blocks above this size"
     )
-    store_threads: int = Field(
-        4, ge=1, le=64, description="storage reads in flight; writes get as many"
+    store_io: StoreIo = Field(
+        "auto",
+        description="how blocks are moved: auto probes the store and takes io_uring with direct I/O"
+        " where both work, threads otherwise; io_uring or threads insists",
+    )
+    store_threads: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="threads that read; as many write. Default 4 with io_uring, where they share"
+        " store_depth; 16 with threads, where each moves one block at a time",
+    )
+    store_depth: int = Field(
+        64,
+        ge=1,
+        le=4096,
+        description="with io_uring, pieces of 1 MiB that are read at a time; as many are written",
     )
     verify_checksums: bool = Field(
         True, description="check every Layer Block read; off for tests only"

@@ -5,7 +5,8 @@
      |-- StorageError              a Full Block store could not do what was asked
      |    |-- BlockNotFound        the block is not (or no longer) there: a short hit
      |    |-- BlockCorrupt         the bytes are not the block they claim to be
-     |    `-- StoreFull            no space left; the block is not stored
+     |    |-- StoreFull            no space left; the block is not stored
+     |    `-- OutOfDescriptors     no file could be opened now; nothing is wrong with the block
      |-- TransportError            bytes could not be moved to a peer
      |    |-- PeerLost             the peer's process or connection is gone
      |    |-- TransferTimeout      no progress for longer than the deadline
@@ -43,6 +44,10 @@ class BlockCorrupt(StorageError):
 
 class StoreFull(StorageError):
     """The store has no space left for another block."""
+
+
+class OutOfDescriptors(StorageError):
+    """The process or the host has no file descriptor left: the same call may succeed later."""
 
 
 class TransportError(DualPathError):

@@ -31,6 +31,7 @@ except ImportError as exc:
 PeerMemory = _native.PeerMemory
 TcpEngine = _native.TcpEngine
 TcpError = _native.TcpError
+BlockEngine = _native.BlockEngine
 UcxEngine = _native.UcxEngine
 UcxError = _native.UcxError
 PeerClosedError = _native.PeerClosedError
@@ -38,6 +39,7 @@ RawPutLoop = _native.RawPutLoop
 RawPutTarget = _native.RawPutTarget
 
 __all__ = [
+    "BlockEngine",
     "PeerClosedError",
     "PeerMemory",
     "RawPutLoop",
@@ -105,7 +107,7 @@ def crc32c_many(address: int, sizes: Sequence[int]) -> list[int]:
 
 
 def crc32c_implementation() -> str:
-    """Which instructions ``crc32c`` runs on here: ``sse4.2+pclmul`` or ``portable``."""
+    """``avx512+vpclmulqdq``, ``sse4.2+pclmul`` or ``portable``: what ``crc32c`` runs on here."""
     return _native.crc32c_implementation()
 
 

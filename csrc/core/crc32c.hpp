@@ -14,7 +14,7 @@ std::uint32_t crc32c(const void* data, std::size_t num_bytes, std::uint32_t seed
 // The same by table, on any CPU. Exposed so that tests can compare both.
 std::uint32_t crc32c_portable(const void* data, std::size_t num_bytes, std::uint32_t seed);
 
-// "sse4.2+pclmul" or "portable": what crc32c() runs on here. For diagnosis.
+// "avx512+vpclmulqdq", "sse4.2+pclmul" or "portable": what crc32c() runs on here. For diagnosis.
 const char* crc32c_implementation();
 
 }  // namespace dualpath

@@ -2,11 +2,9 @@
 #pragma once
 
 #include <cstdint>
-#include <mutex>
 #include <string>
-#include <vector>
 
-#include "core/event_fd.hpp"
+#include "core/signalled_queue.hpp"
 
 namespace dualpath {
 
@@ -18,18 +16,6 @@ struct TransportEvent {
     std::string text;  // the notice's bytes, or an error
 };
 
-// push() from the progress thread, drain() from the owner thread.
-// Invariant: fd() is readable exactly while events wait.
-class EventQueue {
-  public:
-    void push(TransportEvent event);
-    std::vector<TransportEvent> drain();
-    int fd() const { return readable_.fd(); }
-
-  private:
-    std::mutex mutex_;
-    std::vector<TransportEvent> events_;
-    EventFd readable_;
-};
+using EventQueue = SignalledQueue<TransportEvent>;
 
 }  // namespace dualpath

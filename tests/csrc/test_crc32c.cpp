@@ -25,7 +25,8 @@ TEST(crc32c_of_the_check_string) {
 
 TEST(crc32c_equals_the_table_at_every_length_and_alignment) {
     const auto bytes = random_bytes(20000);
-    for (std::size_t size : {0, 1, 7, 8, 9, 383, 384, 385, 6143, 6144, 6145, 12288, 19000}) {
+    for (std::size_t size : {0,    1,   7,   8,   9,   255, 256,  383,  384,   385,  6143,
+                             6144, 511, 512, 513, 767, 768, 1030, 6145, 12288, 19000}) {
         for (std::size_t offset : {0, 1, 3, 8, 13}) {
             CHECK(crc32c(bytes.data() + offset, size, 0) ==
                   crc32c_portable(bytes.data() + offset, size, 0));

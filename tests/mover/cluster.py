@@ -6,7 +6,7 @@ import itertools
 import signal
 from pathlib import Path
 
-from tests.mover.material import WAIT_S, Prompt, wait_for
+from tests.mover.material import BLOCKING_IO, WAIT_S, Prompt, wait_for
 from tests.mover.scripted_engine import MoverProcess
 from tests.mover.scripted_router import ScriptedRouter
 from tests.mover.scripted_transfer import Transfer
@@ -36,7 +36,13 @@ class Cluster:
     def _start(self, role: str) -> MoverProcess:
         name = f"{role}{next(self._numbers)}"
         return MoverProcess(
-            self.directory, name, role, self.router.endpoint, self.store, deadlines=DEADLINES
+            self.directory,
+            name,
+            role,
+            self.router.endpoint,
+            self.store,
+            deadlines=DEADLINES,
+            **BLOCKING_IO,
         )
 
     def refresh(self) -> None:

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,8 @@ GEOMETRY = Geometry(8, 4, (1024, 512, 2048), "LBHNC", 2, "uint8")
 FINGERPRINT = bytes(range(32))
 ROOT = chain_root(FINGERPRINT)
 MAX_MODEL_LEN = 64
+BLOCKING_IO: dict[str, Any] = {"store_io": "threads", "store_threads": 4}
+"""Config of movers whose reads hang on a named pipe, as ``make_pipe`` wants; io_uring would not."""
 _T = TypeVar("_T")
 
 

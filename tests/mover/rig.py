@@ -35,6 +35,7 @@ from vllm_dualpath.mover.peers import PeerDirectory
 from vllm_dualpath.mover.ports import Ports
 from vllm_dualpath.mover.staging import SharedMemory, SlotPool
 from vllm_dualpath.mover.storage_queue import IoTask
+from vllm_dualpath.storage.base import ReadBlock, WriteBlock
 from vllm_dualpath.transport.base import PutArray
 from vllm_dualpath.transport.loopback import LoopbackTransport
 
@@ -45,7 +46,8 @@ TABLE_ENTRIES = 4
 class StepStorage:
     """A ``StorageQueue`` without threads: a test decides which call runs next."""
 
-    def __init__(self) -> None:
+    def __init__(self, store: MemoryStore) -> None:
+        self._store = store
         self.queued: list[IoTask] = []
         self.running: list[IoTask] = []
         self.cancelled: list[IoTask] = []
@@ -86,7 +88,7 @@ class StepStorage:
         elif self.running:
             task = self.running.pop(choice % len(self.running))
             try:
-                task.num_bytes = task.call()
+                task.num_bytes = self._run(task)
             except BlockNotFound as exc:
                 task.error = exc
         else:
@@ -96,11 +98,15 @@ class StepStorage:
     def touches(self, address: int, num_bytes: int) -> bool:
         """Whether an open call reads or writes this memory."""
         return any(
-            address <= native.buffer_address(argument) < address + num_bytes
+            address <= native.buffer_address(task.work.payload) < address + num_bytes
             for task in self.open_tasks
-            for argument in task.call.args  # type: ignore[attr-defined]
-            if isinstance(argument, memoryview)
+            if isinstance(task.work, ReadBlock | WriteBlock)
         )
+
+    def _run(self, task: IoTask) -> int:
+        if isinstance(task.work, ReadBlock | WriteBlock):
+            return task.work.run(self._store)  # type: ignore[arg-type]
+        return task.work()
 
 
 class MemoryStore:
@@ -163,7 +169,7 @@ class Side:
         self.transport = CheckedTransport()
         self.transport.on_put = self._check_put
         self.transport.pause()
-        self.storage = StepStorage()
+        self.storage = StepStorage(store)
         self.staging = SharedMemory("staging", NUM_SLOTS * GEOMETRY.slot_bytes)
         self.pool = SlotPool(role, 0, NUM_SLOTS)
         self.book = TransferBook()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.mover.material import (
+    BLOCKING_IO,
     GEOMETRY,
     WAIT_S,
     Prompt,
@@ -61,6 +62,7 @@ def mover(module_dir: Path, stored: Prompt) -> Iterator[MoverProcess]:
         staging_bytes=12 * GEOMETRY.slot_bytes,
         store_quota_bytes=QUOTA_BLOCKS * FILE_BYTES,
         deadlines={"stage_s": 1.0},
+        **BLOCKING_IO,
     )
     yield mover
     mover.close()

@@ -4,7 +4,6 @@ import errno
 import functools
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,9 +13,16 @@ from pathlib import Path
 import pytest
 
 from vllm_dualpath.blocks import Geometry
+from vllm_dualpath.config import StoreIo
 from vllm_dualpath.errors import ConfigError, StorageError, StoreFull
-from vllm_dualpath.storage import BlockStore, PosixStore, measure_bandwidth, open_store
-from vllm_dualpath.storage.directio import supports_direct_io
+from vllm_dualpath.storage import (
+    BlockStore,
+    IoOptions,
+    PosixStore,
+    measure_bandwidth,
+    open_store,
+)
+from vllm_dualpath.storage.probe import choose_io
 
 from .contract import (
     FILE_BYTES,
@@ -32,17 +38,6 @@ from .contract import (
     filled_payload,
     put_chain,
 )
-
-WRITER_THAT_DIES = """
-import os, signal, sys
-from pathlib import Path
-from tests_storage.contract import FINGERPRINT, GEOMETRY, block_hash, filled_payload
-from vllm_dualpath.storage import PosixStore
-
-store = PosixStore(sys.argv[1], FINGERPRINT, GEOMETRY)
-Path.replace = lambda self, target: os.kill(os.getpid(), signal.SIGKILL)
-store.put(block_hash(1), bytes(32), filled_payload(1))
-"""
 
 WRITER_WITHOUT_END = """
 import itertools, sys
@@ -79,17 +74,26 @@ def flip_byte(path: Path, offset: int) -> None:
     path.write_bytes(data)
 
 
-def open_posix(uri: str, direct_io: bool) -> PosixStore:
-    return PosixStore(uri, FINGERPRINT, GEOMETRY, direct_io=direct_io)
+IO_WAYS = {
+    "io_uring": IoOptions("io_uring", direct=True),
+    "threads": IoOptions("threads", direct=True),
+    "buffered": IoOptions("threads", direct=False),
+}
+
+
+def open_posix(uri: str, io: IoOptions) -> PosixStore:
+    return PosixStore(uri, FINGERPRINT, GEOMETRY, io=io)
 
 
 class TestPosixStore(StoreContract):
-    @pytest.fixture(params=[False, True], ids=["buffered", "direct"])
+    @pytest.fixture(params=IO_WAYS)
     def open_store(self, tmp_path: Path, request: pytest.FixtureRequest) -> OpenStore:
-        supported, reason = supports_direct_io(tmp_path)
-        if request.param and not supported:
-            pytest.skip(f"no direct I/O in {tmp_path}: {reason}")
-        return functools.partial(open_posix, f"file://{tmp_path}", request.param)
+        options = IO_WAYS[request.param]
+        try:
+            choose_io(tmp_path, options.wanted, options.direct)
+        except ConfigError as exc:
+            pytest.skip(str(exc))
+        return functools.partial(open_posix, f"file://{tmp_path}", options)
 
     @pytest.mark.parametrize(
         ("offset", "match"),
@@ -192,18 +196,16 @@ class TestPosixStore(StoreContract):
 
 
 class TestCrashes:
-    def test_a_writer_killed_before_its_rename_leaves_no_block(self, tmp_path: Path) -> None:
-        """The temporary file it leaves goes when it is an hour old."""
-        with start_writer(WRITER_THAT_DIES, f"file://{tmp_path}") as writer:
-            assert writer.wait(timeout=30) == -signal.SIGKILL
-        store = open_posix(f"file://{tmp_path}", False)
-        (temporary,) = (tmp_path / FINGERPRINT.hex() / "tmp").iterdir()
-        assert temporary.stat().st_size == FILE_BYTES
-        assert not store.contains(block_hash(1))
-        assert list(store.entries()) == []
+    def test_what_a_crashed_writer_left_goes_when_it_is_an_hour_old(self, tmp_path: Path) -> None:
+        store = open_posix(f"file://{tmp_path}", IO_WAYS["buffered"])
+        temporary = tmp_path / FINGERPRINT.hex() / "tmp" / "1-ab-0"
+        temporary.write_bytes(b"half a block")
+        open_posix(f"file://{tmp_path}", IO_WAYS["buffered"])
+        assert temporary.exists()
         os.utime(temporary, (time.time() - 3601, time.time() - 3601))
-        open_posix(f"file://{tmp_path}", False)
+        open_posix(f"file://{tmp_path}", IO_WAYS["buffered"])
         assert not temporary.exists()
+        assert list(store.entries()) == []
 
     def test_a_writer_killed_at_any_moment_leaves_whole_blocks_only(self, tmp_path: Path) -> None:
         with start_writer(WRITER_WITHOUT_END, f"file://{tmp_path}") as writer:
@@ -211,7 +213,7 @@ class TestCrashes:
             assert writer.stdout.readline() == "ready\n"
             time.sleep(0.2)
             writer.kill()
-        store, found = open_posix(f"file://{tmp_path}", False), empty_payload()
+        store, found = open_posix(f"file://{tmp_path}", IO_WAYS["buffered"]), empty_payload()
         files = list(tmp_path.glob("*/??/??/*"))
         assert len(files) > 3
         assert len(list(store.entries())) == len(files)
@@ -235,11 +237,11 @@ class TestFullFileSystem:
         yield root
         subprocess.run(["umount", str(root)], check=True)
 
-    @pytest.mark.parametrize("direct_io", [False, None])
+    @pytest.mark.parametrize("wanted", ["io_uring", "threads"])
     def test_a_block_without_room_raises_and_leaves_nothing(
-        self, tiny: Path, direct_io: bool | None
+        self, tiny: Path, wanted: StoreIo
     ) -> None:
-        store = PosixStore(f"file://{tiny}", FINGERPRINT, GEOMETRY, direct_io=direct_io)
+        store = PosixStore(f"file://{tiny}", FINGERPRINT, GEOMETRY, io=IoOptions(wanted))
         with pytest.raises(StoreFull, match="store_quota_bytes"):
             put_chain(store, 64)
         num_stored = len(list(store.entries()))
@@ -317,7 +319,7 @@ class TestOpening:
 
 
 def test_bandwidth_is_measured_and_leaves_nothing(tmp_path: Path) -> None:
-    read_bytes_per_s, write_bytes_per_s = measure_bandwidth(tmp_path, 1 << 20)
+    read_bytes_per_s, write_bytes_per_s = measure_bandwidth(tmp_path, 1 << 20, direct=False)
     assert read_bytes_per_s > 0
     assert write_bytes_per_s > 0
     assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,7 @@ from vllm_dualpath.messages import Committed, PagesGood
 from vllm_dualpath.mover.persist import record_store
 from vllm_dualpath.mover.storage_queue import IoTask
 from vllm_dualpath.mover.transfer import Transfer
+from vllm_dualpath.storage.base import WriteBlock
 
 
 class DecodeTransfer(Transfer):
@@ -73,7 +74,7 @@ class DecodeTransfer(Transfer):
             self._open_stores += 1
             self._ports.storage.submit_write(
                 IoTask(
-                    call=partial(self._ports.store.put, hashes[block], parent, view),
+                    work=WriteBlock(hashes[block], parent, view),
                     done=partial(self._block_stored, hashes[block], parent),
                 )
             )

@@ -7,6 +7,7 @@ from vllm_dualpath.config import EngineConfig, divide_staging
 from vllm_dualpath.errors import ConfigError
 from vllm_dualpath.messages import MoverSpec
 from vllm_dualpath.mover.staging import SlotPool
+from vllm_dualpath.storage import IoOptions
 
 
 def geometry_of(spec: MoverSpec) -> Geometry:
@@ -25,3 +26,8 @@ def make_pools(
     name = "load" if config.role == "both" else config.role
     prompts = SlotPool(name, 0, division.num_prompt_slots)
     return prompts, SlotPool("persist", division.num_prompt_slots, division.num_persist_slots)
+
+
+def io_options(config: EngineConfig) -> IoOptions:
+    """How the store shall move its blocks."""
+    return IoOptions(config.store_io, config.store_threads, config.store_depth)

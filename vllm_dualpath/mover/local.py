@@ -8,14 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from vllm_dualpath.errors import ProtocolError, StorageError
+from vllm_dualpath.errors import OutOfDescriptors, ProtocolError, StorageError
 from vllm_dualpath.index import HitIndex
 from vllm_dualpath.index.shared import SharedIndexWriter
 from vllm_dualpath.messages import LocalLoad, LocalLoaded, StoredBlock
 from vllm_dualpath.mover.ports import Ports
 from vllm_dualpath.mover.reader import failure_reason
 from vllm_dualpath.mover.storage_queue import IoTask
-from vllm_dualpath.storage.base import BlockEntry
+from vllm_dualpath.storage.base import BlockEntry, ReadBlock
 
 logger = logging.getLogger(__name__)
 
@@ -86,14 +86,10 @@ class LocalLoads:
         load.slots = slots
         load.withdraw = None
         for idx, block_hash in enumerate(load.request.hashes):
-            call = partial(
-                self._ports.store.get,
-                block_hash,
-                self._ports.slot_view(slots[idx]),
-                verify=self._ports.config.verify_checksums,
-            )
+            view = self._ports.slot_view(slots[idx])
+            work = ReadBlock(block_hash, view, self._ports.config.verify_checksums)
             done = partial(self._read_done, load, idx)
-            load.tasks[idx] = IoTask(call, done, self._ports.geometry.block_tokens)
+            load.tasks[idx] = IoTask(work, done, self._ports.geometry.block_tokens)
         for task in load.tasks.values():
             self._ports.storage.submit_read(task)
 
@@ -111,7 +107,8 @@ class LocalLoads:
         logger.warning("local load: block %d: %s", idx, error)
         self._ports.counters.load_failures[reason] += 1
         self._ports.counters.corrupt_blocks += reason == "corrupt"
-        self._ports.dropped((load.request.hashes[idx],), reason != "io_error")
+        if not isinstance(error, OutOfDescriptors):
+            self._ports.dropped((load.request.hashes[idx],), reason != "io_error")
         load.failed_at = idx if load.failed_at is None else min(load.failed_at, idx)
         for later, task in load.tasks.items():
             if later > idx:

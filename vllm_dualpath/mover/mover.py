@@ -47,7 +47,7 @@ from vllm_dualpath.messages import (
 from vllm_dualpath.mover.book import TransferBook
 from vllm_dualpath.mover.counters import Counters
 from vllm_dualpath.mover.engine_port import EnginePort
-from vllm_dualpath.mover.layout import geometry_of, make_pools
+from vllm_dualpath.mover.layout import geometry_of, io_options, make_pools
 from vllm_dualpath.mover.local import LocalIndex, LocalLoads, evict
 from vllm_dualpath.mover.loop import EventLoop
 from vllm_dualpath.mover.peers import PeerDirectory
@@ -84,8 +84,8 @@ class Mover:
         self._max_blocks = geometry.num_blocks(spec.max_model_len)
         self._table = SharedMemory("table", table_bytes(_TABLE_ENTRIES, self._max_blocks))
         self._claims = SharedMemory("claims", claims_bytes(_TABLE_ENTRIES))
-        self._store = open_store(config.store, spec.fingerprint, geometry)
-        self._storage = StorageQueue(config.store_threads, self._loop)
+        self._store = open_store(config.store, spec.fingerprint, geometry, io=io_options(config))
+        self._storage = StorageQueue(self._store, self._loop)
         self._book = TransferBook()
         transport = make_transport(
             config.transport, config.listen, require_rdma=config.require_rdma

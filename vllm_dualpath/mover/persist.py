@@ -11,6 +11,7 @@ from vllm_dualpath.errors import ProtocolError
 from vllm_dualpath.messages import Persist, StoredBlock
 from vllm_dualpath.mover.staging import SlotPool
 from vllm_dualpath.mover.storage_queue import IoTask
+from vllm_dualpath.storage.base import WriteBlock
 
 if TYPE_CHECKING:
     from vllm_dualpath.mover.ports import Ports
@@ -59,7 +60,7 @@ class PersistSlotsLedger:
         view = self._ports.slot_view(persist.slot)
         self._ports.storage.submit_write(
             IoTask(
-                call=partial(self._ports.store.put, persist.hash, persist.parent, view),
+                work=WriteBlock(persist.hash, persist.parent, view),
                 done=partial(self._stored, persist),
             )
         )

@@ -8,11 +8,12 @@ from functools import partial
 
 import numpy as np
 
-from vllm_dualpath.errors import BlockCorrupt, BlockNotFound, StorageError
+from vllm_dualpath.errors import BlockCorrupt, BlockNotFound, OutOfDescriptors, StorageError
 from vllm_dualpath.messages import BlocksGood, Peer, SegmentDone, SegmentSpec, TransferKey
 from vllm_dualpath.mover.peers import PutOutcome
 from vllm_dualpath.mover.ports import Ports
 from vllm_dualpath.mover.storage_queue import IoTask
+from vllm_dualpath.storage.base import ReadBlock
 from vllm_dualpath.transport.base import PutArray
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ class SegmentReader:
         view = self._ports.slot_view(self._slots[block])
         verify = self._ports.config.verify_checksums
         return IoTask(
-            call=partial(self._ports.store.get, self._hashes[block], view, verify=verify),
+            work=ReadBlock(self._hashes[block], view, verify),
             done=partial(self._read_done, block),
             num_tokens=self._ports.geometry.block_tokens,
         )
@@ -121,7 +122,8 @@ class SegmentReader:
         self._ports.counters.load_failures[reason] += 1
         self._ports.counters.corrupt_blocks += reason == "corrupt"
         # Also after an I/O error: the next request shall not fail on the same block.
-        self._ports.dropped((self._hashes[block],), reason != "io_error")
+        if not isinstance(error, OutOfDescriptors):
+            self._ports.dropped((self._hashes[block],), reason != "io_error")
         if block < self._limit:
             self._error = f"{reason}: {error}"
             self.cut(block)

@@ -8,10 +8,28 @@ from urllib.parse import urlsplit
 from vllm_dualpath.blocks import Geometry
 from vllm_dualpath.errors import ConfigError
 from vllm_dualpath.storage.bandwidth import measure_bandwidth
-from vllm_dualpath.storage.base import BlockEntry, BlockStore
-from vllm_dualpath.storage.posix import PosixStore
+from vllm_dualpath.storage.base import (
+    AsyncBlockStore,
+    BlockEntry,
+    BlockStore,
+    Finished,
+    ReadBlock,
+    WriteBlock,
+)
+from vllm_dualpath.storage.posix import IoOptions, PosixStore
 
-__all__ = ["BlockEntry", "BlockStore", "PosixStore", "measure_bandwidth", "open_store"]
+__all__ = [
+    "AsyncBlockStore",
+    "BlockEntry",
+    "BlockStore",
+    "Finished",
+    "IoOptions",
+    "PosixStore",
+    "ReadBlock",
+    "WriteBlock",
+    "measure_bandwidth",
+    "open_store",
+]
 
 
 def open_store(
@@ -21,9 +39,10 @@ def open_store(
     manifest_extra: Mapping[str, str] | None = None,
     *,
     create: bool = True,
+    io: IoOptions | None = None,
 ) -> BlockStore:
     """Open one model's store at ``uri``. Raises ``ConfigError`` saying what is wrong with it."""
     scheme = urlsplit(uri).scheme
     if scheme == "file":
-        return PosixStore(uri, fingerprint, geometry, manifest_extra, create)
+        return PosixStore(uri, fingerprint, geometry, manifest_extra, create, io)
     raise ConfigError(f"store: expected a file:// URI, found {uri!r}")

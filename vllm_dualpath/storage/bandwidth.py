@@ -7,19 +7,18 @@ import time
 from pathlib import Path
 
 from vllm_dualpath.blocks import align_up
-from vllm_dualpath.storage.directio import aligned_buffer, open_new, open_read, supports_direct_io
+from vllm_dualpath.storage.directio import aligned_buffer, open_new, open_read
 
 _CHUNK_BYTES = 4 << 20
 
 
-def measure_bandwidth(path: Path, num_bytes: int) -> tuple[float, float]:
+def measure_bandwidth(path: Path, num_bytes: int, *, direct: bool) -> tuple[float, float]:
     """Write, then read back, a file of about ``num_bytes`` in ``path``.
 
     Returns (read, write) in bytes a second: one transfer in flight, so a lower bound of what
     several store threads get. Writes count their way to the device. The file is removed.
     Raises ``OSError``.
     """
-    direct, _ = supports_direct_io(path)
     buffer = aligned_buffer(min(_CHUNK_BYTES, align_up(max(num_bytes, 1))))
     # Random bytes: a file system that compresses would flatter itself with zeros.
     buffer[:] = os.urandom(len(buffer))

@@ -1,13 +1,11 @@
-"""Whole-file transfers of (header, payload) pairs, past the page cache where that is possible.
+"""Blocking calls on files past the page cache: for headers and for measuring.
 
-Direct I/O needs buffers, offsets and lengths aligned to 4 KiB; the store's file format and the
-staging slots are made so. A stored block is read about once a host, so caching it in the page cache
-would only cost a copy and memory. Raises ``OSError``: the store translates.
+Blocks themselves go through the compiled core (``block_io``). Direct I/O needs buffers, offsets and
+lengths aligned to 4 KiB. Raises ``OSError``: the store translates.
 """
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 from collections import deque
@@ -70,46 +68,6 @@ def read_all(fd: int, buffers: Sequence[memoryview]) -> int:
         if count == 0 or count % ALIGNMENT_BYTES:
             break
     return done
-
-
-def write_all(fd: int, buffers: Sequence[memoryview]) -> int:
-    """Write ``buffers`` in order from the file's start; returns the bytes written, all of them."""
-    done, total = 0, sum(len(buffer) for buffer in buffers)
-    while done < total:
-        count = os.pwritev(fd, _rest(buffers, done), done)
-        if count == 0:
-            raise OSError(errno.EIO, "the file system takes no more bytes and gives no reason")
-        done += count
-    return done
-
-
-def supports_direct_io(directory: Path) -> tuple[bool, str]:
-    """Whether files in ``directory`` take direct I/O, and the reason where they do not.
-
-    Some file systems accept the flag and fail the transfer, so a real block is written and read.
-    """
-    probe = directory / f"probe-{os.getpid()}-{os.urandom(8).hex()}"
-    buffer = aligned_buffer(ALIGNMENT_BYTES)
-    try:
-        _transfer(probe, buffer)
-    except OSError as exc:
-        return False, str(exc)
-    finally:
-        probe.unlink(missing_ok=True)
-    return True, ""
-
-
-def _transfer(probe: Path, buffer: memoryview) -> None:
-    fd = open_new(probe, direct=True)
-    try:
-        write_all(fd, [buffer])
-    finally:
-        os.close(fd)
-    fd = open_read(probe, direct=True)
-    try:
-        read_all(fd, [buffer])
-    finally:
-        os.close(fd)
 
 
 def _rest(buffers: Sequence[memoryview], done: int) -> list[memoryview]:

@@ -25,6 +25,18 @@ _FIXED = struct.Struct("<8sII32s32s32sQI")
 _CRC = struct.Struct("<I")
 _HEADER_CRC_OFFSET = HEADER_BYTES - _CRC.size
 
+_FIELD_NAMES = (
+    "header CRC32C",
+    "magic",
+    "format version",
+    "token count",
+    "hash",
+    "parent",
+    "store (model and geometry)",
+    "payload bytes",
+    "layers",
+)
+
 MAX_LAYERS = (_HEADER_CRC_OFFSET - _FIXED.size) // _CRC.size
 
 
@@ -34,7 +46,21 @@ class BlockHeader:
 
     hash: bytes
     parent: bytes
-    layer_crcs: tuple[int, ...]
+    layer_crcs: bytes
+    """The CRC32C of each layer, as they lie in the header."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """The offsets and sizes in a block's file that the compiled core needs, in bytes."""
+
+    header_bytes: int
+    payload_bytes: int
+    crc_table_offset: int
+    """In the header: one CRC32C a layer."""
+    header_crc_offset: int
+    """In the header: the CRC32C of all before it."""
+    layer_bytes: tuple[int, ...]
 
 
 class BlockFormat:
@@ -52,67 +78,78 @@ class BlockFormat:
             )
         self.geometry = geometry
         self.store_id = store_id(fingerprint, geometry)
-        self.file_bytes = HEADER_BYTES + geometry.slot_bytes
+        self._slot_bytes = geometry.slot_bytes
+        self.file_bytes = HEADER_BYTES + self._slot_bytes
         self._layer_bytes = geometry.layer_block_bytes
         self._crcs = struct.Struct(f"<{geometry.num_layers}I")
 
-    def write_header(
-        self, header: memoryview, block_hash: bytes, parent: bytes, payload: memoryview
-    ) -> None:
-        """Fill ``header`` (4 KiB, writable) for ``payload``."""
+    @property
+    def layout(self) -> FileLayout:
+        """Where the compiled core finds what it moves and checks."""
+        return FileLayout(
+            header_bytes=HEADER_BYTES,
+            payload_bytes=self.geometry.slot_bytes,
+            crc_table_offset=_FIXED.size,
+            header_crc_offset=_HEADER_CRC_OFFSET,
+            layer_bytes=self._layer_bytes,
+        )
+
+    def header_template(self, block_hash: bytes, parent: bytes) -> bytes:
+        """A header whose checksums, those of the layers and its own, are still to be filled in."""
         for name, value in (("hash", block_hash), ("parent", parent)):
             if len(value) != HASH_BYTES:
                 raise ValueError(f"block {name}: expected {HASH_BYTES} bytes, found {len(value)}")
-        header[:] = bytes(HEADER_BYTES)
-        _FIXED.pack_into(
-            header,
-            0,
+        fixed = _FIXED.pack(*self._fixed_fields(block_hash, parent))
+        return fixed.ljust(HEADER_BYTES, b"\0")
+
+    def _fixed_fields(self, block_hash: bytes, parent: bytes) -> tuple[bytes | int, ...]:
+        return (
             _MAGIC,
             FORMAT_VERSION,
             self.geometry.block_tokens,
             block_hash,
             parent,
             self.store_id,
-            self.geometry.slot_bytes,
+            self._slot_bytes,
             self.geometry.num_layers,
         )
-        self._crcs.pack_into(header, _FIXED.size, *self.payload_crcs(payload))
-        _CRC.pack_into(header, _HEADER_CRC_OFFSET, _header_crc(header))
 
-    def read_header(self, header: memoryview, block_hash: bytes) -> BlockHeader:
+    def read_header(self, header: bytes | memoryview, block_hash: bytes) -> BlockHeader:
         """Parse ``header`` and check that it belongs to ``block_hash`` in this store.
 
         Raises ``BlockCorrupt`` naming the first field that is wrong, expected and found.
         """
-        name = block_hash.hex()
-        (magic, version, tokens, found_hash, parent, found_store, payload_bytes, num_layers) = (
-            _FIXED.unpack_from(header)
-        )
-        # The CRC first: any other field of a damaged header would only mislead.
+        found = _FIXED.unpack_from(header)
         (stated_crc,) = _CRC.unpack_from(header, _HEADER_CRC_OFFSET)
-        _expect(name, "header CRC32C", f"{_header_crc(header):#010x}", f"{stated_crc:#010x}")
-        _expect(name, "magic", _MAGIC, magic)
-        _expect(name, "format version", FORMAT_VERSION, version)
-        _expect(name, "hash", name, found_hash.hex())
-        _expect(name, "store (model and geometry)", self.store_id.hex(), found_store.hex())
-        _expect(name, "token count", self.geometry.block_tokens, tokens)
-        _expect(name, "payload bytes", self.geometry.slot_bytes, payload_bytes)
-        _expect(name, "layers", self.geometry.num_layers, num_layers)
-        return BlockHeader(found_hash, parent, self._crcs.unpack_from(header, _FIXED.size))
+        # The CRC first: any other field of a damaged header would only mislead.
+        expected = (_header_crc(header), *self._fixed_fields(block_hash, found[4]))
+        if (stated_crc, *found) != expected:
+            _name_difference(block_hash.hex(), expected, (stated_crc, *found))
+        end = _FIXED.size + self._crcs.size
+        return BlockHeader(block_hash, found[4], bytes(header[_FIXED.size : end]))
 
-    def payload_crcs(self, payload: memoryview) -> list[int]:
-        """The CRC32C of each Layer Block; the padding after the last is not covered."""
-        return native.crc32c_many(native.buffer_address(payload), self._layer_bytes)
+    def check_layers(self, header: BlockHeader, found: bytes) -> None:
+        """Compare with the checksums ``found``, as they lie in a header.
 
-    def check_payload(self, header: BlockHeader, payload: memoryview) -> None:
-        """Raise ``BlockCorrupt`` naming the first layer whose bytes are not the stored ones."""
-        found = self.payload_crcs(payload)
-        for layer, (expected, actual) in enumerate(zip(header.layer_crcs, found, strict=True)):
+        Raises ``BlockCorrupt`` naming the first layer whose bytes are not the stored ones.
+        """
+        if header.layer_crcs == found:
+            return
+        pairs = zip(self._crcs.unpack(header.layer_crcs), self._crcs.unpack(found), strict=True)
+        for layer, (expected, actual) in enumerate(pairs):
             if expected != actual:
                 raise BlockCorrupt(
                     f"block {header.hash.hex()}: layer {layer} CRC32C: expected {expected:#010x},"
                     f" found {actual:#010x}"
                 )
+
+    def check_size(self, block_hash: bytes, found_bytes: int) -> None:
+        """Raise ``BlockCorrupt`` unless a block's file has its size."""
+        if found_bytes != self.file_bytes:
+            raise BlockCorrupt(
+                f"block {block_hash.hex()}: file size: expected {self.file_bytes} bytes,"
+                f" found {found_bytes}"
+            )
 
 
 def describe_geometry(geometry: Geometry) -> dict[str, object]:
@@ -126,10 +163,14 @@ def store_id(fingerprint: bytes, geometry: Geometry) -> bytes:
     return hashlib.sha256(hashlib.sha256(fingerprint).digest() + canonical.encode()).digest()
 
 
-def _header_crc(header: memoryview) -> int:
+def _header_crc(header: bytes | memoryview) -> int:
     return native.crc32c(native.buffer_address(header), _HEADER_CRC_OFFSET)
 
 
-def _expect(name: str, field: str, expected: object, found: object) -> None:
-    if expected != found:
-        raise BlockCorrupt(f"block {name}: {field}: expected {expected}, found {found}")
+def _name_difference(
+    name: str, expected: tuple[bytes | int, ...], found: tuple[bytes | int, ...]
+) -> None:
+    for field, wanted, actual in zip(_FIELD_NAMES, expected, found, strict=True):
+        if wanted != actual:
+            shown = [each.hex() if isinstance(each, bytes) else each for each in (wanted, actual)]
+            raise BlockCorrupt(f"block {name}: {field}: expected {shown[0]}, found {shown[1]}")

@@ -45,22 +45,18 @@ class BlockTree:
 
     def path(self, block_hash: bytes) -> Path:
         """Where the block lies. Raises ``ValueError`` for a hash of another length."""
+        return Path(self.file_name(block_hash))
+
+    def file_name(self, block_hash: bytes) -> str:
+        """The same, without the cost of a ``Path``: for every block that is moved."""
         if len(block_hash) != HASH_BYTES:
             raise ValueError(f"block hash: expected {HASH_BYTES} bytes, found {len(block_hash)}")
         name = block_hash.hex()
-        return self._directory / name[:2] / name[2:4] / name
+        return f"{self._directory}/{name[:2]}/{name[2:4]}/{name}"
 
-    def temporary_path(self) -> Path:
-        """A name no other writer uses."""
-        return self.temporary_dir / f"{self._writer}-{next(self._counter)}"
-
-    def publish(self, temporary: Path, path: Path) -> None:
-        """Give a written file its name, making the fan-out directories on first use."""
-        try:
-            temporary.replace(path)
-        except FileNotFoundError:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.replace(path)
+    def temporary_name(self) -> str:
+        """A file name no other writer uses."""
+        return f"{self.temporary_dir}/{self._writer}-{next(self._counter)}"
 
     def quarantine(self, path: Path) -> None:
         """Take a bad block out of the store, keeping the last few. Never raises ``OSError``.
