@@ -17,12 +17,14 @@ from typing import Any
 import msgspec
 
 ROLES = {
-    "ours-target": "put_ours:Target",
-    "ours-initiator": "put_ours:Initiator",
-    "raw-target": "put_raw:Target",
-    "raw-initiator": "put_raw:Initiator",
-    "nixl-target": "put_nixl:Target",
-    "nixl-initiator": "put_nixl:Initiator",
+    "ours-target": "side_puts_ours:Target",
+    "ours-initiator": "side_puts_ours:Initiator",
+    "raw-target": "side_puts_raw:Target",
+    "raw-initiator": "side_puts_raw:Initiator",
+    "nixl-target": "side_puts_nixl:Target",
+    "nixl-initiator": "side_puts_nixl:Initiator",
+    "storage": "side_storage:Storage",
+    "copies": "side_copies:Copies",
 }
 
 

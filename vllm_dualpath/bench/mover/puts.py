@@ -15,7 +15,7 @@ from pathlib import Path
 
 from vllm_dualpath.bench.mover.channel import Child, close_all
 from vllm_dualpath.bench.mover.pairing import Ratio, in_turn, paired_ratio
-from vllm_dualpath.bench.mover.put_memory import NUM_BYTES
+from vllm_dualpath.bench.mover.side_puts_memory import NUM_BYTES
 from vllm_dualpath.bench.processes import ProcessGuard
 from vllm_dualpath.errors import LaunchError
 

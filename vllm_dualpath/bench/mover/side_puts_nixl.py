@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_dualpath.bench.mover.put_memory import InitiatorMemory, TargetMemory, permutation
+from vllm_dualpath.bench.mover.side_puts_memory import InitiatorMemory, TargetMemory, permutation
 from vllm_dualpath.errors import TransportError
 
 _PUT_S = 20.0

@@ -6,7 +6,7 @@ import select
 import time
 from typing import Any
 
-from vllm_dualpath.bench.mover.put_memory import InitiatorMemory, TargetMemory, make_pieces
+from vllm_dualpath.bench.mover.side_puts_memory import InitiatorMemory, TargetMemory, make_pieces
 from vllm_dualpath.errors import TransportError
 from vllm_dualpath.transport.base import PutArray, PutDone
 from vllm_dualpath.transport.ucx import UcxTransport
