@@ -18,6 +18,7 @@ from vllm_dualpath.errors import LaunchError
 
 HOW_TO_INSTALL = "fio is not installed: `apt-get install fio`"
 _RUN_S = 60.0
+_MAX_REASON = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,20 +27,25 @@ class FioRun:
 
     action: Literal["read", "write"]
     directory: Path
+    """Where the store's files are; fio's go into a folder of their own."""
     block_bytes: int
     depth: int
     num_blocks: int
     files: Sequence[Path] = ()
     """To read; a write makes files of its own."""
 
+    @property
+    def scratch(self) -> Path:
+        """Holds what fio writes, and short names of what it reads: it refuses long lists."""
+        return self.directory / "fio"
+
     def command(self) -> list[str]:
         """Direct I/O through io_uring: the page cache flatters nobody."""
-        names = [f"--filename={':'.join(map(str, self.files))}"] if self.files else []
         return [
             "fio",
             "--name=dualpath-bench",
-            f"--directory={self.directory}",
-            *names,
+            f"--directory={self.scratch}",
+            "--filename_format=$filenum",
             f"--rw={self.action}",
             "--direct=1",
             "--ioengine=io_uring",
@@ -49,6 +55,12 @@ class FioRun:
             f"--iodepth={self.depth}",
             "--output-format=json",
         ]
+
+    def link_files(self) -> None:
+        """Hard links: the very blocks that the store reads."""
+        self.scratch.mkdir()
+        for idx, path in enumerate(self.files):
+            (self.scratch / str(idx)).hardlink_to(path)
 
 
 def is_installed() -> bool:
@@ -65,26 +77,23 @@ def fio_version() -> str:
 
 def run_fio(run: FioRun) -> float:
     """Seconds that ``fio`` took. Its scratch files are removed. Raises ``LaunchError``."""
-    directory = run.directory / "fio"
-    directory.mkdir(exist_ok=True)
-    scratch = FioRun(
-        run.action, directory, run.block_bytes, run.depth, run.num_blocks, run.files
-    )
     try:
+        run.link_files()
         done = subprocess.run(
-            scratch.command(),
+            run.command(),
             capture_output=True,
             text=True,
             check=False,
             timeout=_RUN_S,
-            cwd=directory,  # it leaves state files where it runs
+            cwd=run.scratch,  # it leaves state files where it runs
         )
     except (OSError, subprocess.TimeoutExpired) as exc:
         raise LaunchError(f"fio {run.action}: {exc}") from exc
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        shutil.rmtree(run.scratch, ignore_errors=True)
     if done.returncode != 0:
-        raise LaunchError(f"fio {run.action}: exit code {done.returncode}: {done.stderr.strip()}")
+        reason = done.stderr.strip()[:_MAX_REASON]
+        raise LaunchError(f"fio {run.action}: exit code {done.returncode}: {reason}")
     return parse_fio(done.stdout, run.action, run.block_bytes * run.num_blocks)
 
 

@@ -90,7 +90,9 @@ class Storage:
         return count * num_bytes / elapsed / 1e9
 
     def _hashes(self, name: str) -> list[bytes]:
-        return [hashlib.sha256(f"{name}/{idx}".encode()).digest() for idx in range(self._num_blocks)]
+        return [
+            hashlib.sha256(f"{name}/{idx}".encode()).digest() for idx in range(self._num_blocks)
+        ]
 
     def _run(self, make: Callable[[memoryview], Request]) -> float:
         """Every block once, as many under way as there are slots."""
