@@ -25,6 +25,7 @@ ROLES = {
     "nixl-initiator": "side_puts_nixl:Initiator",
     "storage": "side_storage:Storage",
     "copies": "side_copies:Copies",
+    "movers": "side_movers:Movers",
 }
 
 

@@ -20,7 +20,7 @@ from vllm_dualpath.bench.mover.shapes import shape_named
 from vllm_dualpath.errors import StorageError
 from vllm_dualpath.storage import PosixStore, ReadBlock, WriteBlock
 
-_FINGERPRINT = hashlib.sha256(b"vllm-dualpath bench mover").digest()
+FINGERPRINT = hashlib.sha256(b"vllm-dualpath bench mover").digest()
 _PARENT = bytes(32)
 _PROGRESS_S = 30.0
 
@@ -40,7 +40,7 @@ class Storage:
         """Make a store in ``directory`` and put blocks into it; says what the store runs on."""
         geometry = shape_named(shape).geometry
         self._directory = Path(directory)
-        self._store = PosixStore(f"file://{directory}", _FINGERPRINT, geometry)
+        self._store = PosixStore(f"file://{directory}", FINGERPRINT, geometry)
         memory = mmap.mmap(-1, depth * geometry.slot_bytes)
         memory[:] = np.random.default_rng(1).bytes(len(memory))
         view = memoryview(memory)
@@ -53,20 +53,19 @@ class Storage:
 
     def files(self) -> list[str]:
         """The blocks to read, as files."""
-        names = [block_hash.hex() for block_hash in self._hashes("kept")]
+        names = [block_hash.hex() for block_hash in block_hashes("kept", self._num_blocks)]
         return [
-            str(self._directory / _FINGERPRINT.hex() / name[:2] / name[2:4] / name)
-            for name in names
+            str(self._directory / FINGERPRINT.hex() / name[:2] / name[2:4] / name) for name in names
         ]
 
     def read(self, verify: bool = True) -> float:
         """Seconds to read every block once."""
-        hashes = iter(self._hashes("kept"))
+        hashes = iter(block_hashes("kept", self._num_blocks))
         return self._run(lambda slot: ReadBlock(next(hashes), slot, verify))
 
     def write(self, name: str, keep: bool = False) -> float:
         """Seconds to store as many new blocks."""
-        hashes = self._hashes(name)
+        hashes = block_hashes(name, self._num_blocks)
         waiting = iter(hashes)
         seconds = self._run(lambda slot: WriteBlock(next(waiting), _PARENT, slot))
         if not keep:
@@ -104,8 +103,7 @@ class Storage:
                 slot = free.pop()
                 slots[self._store.submit(make(slot))] = slot
                 left -= 1
-            for ticket in self._finished():
-                free.append(slots.pop(ticket))
+            free.extend(slots.pop(ticket) for ticket in self._finished())
         return time.perf_counter() - start
 
     def _finished(self) -> Iterator[int]:
@@ -115,3 +113,8 @@ class Storage:
             if finished.error is not None:
                 raise finished.error
             yield finished.ticket
+
+
+def block_hashes(name: str, num_blocks: int) -> list[bytes]:
+    """Names of blocks: nothing chains them, as nobody looks them up by their tokens."""
+    return [hashlib.sha256(f"{name}/{idx}".encode()).digest() for idx in range(num_blocks)]
