@@ -62,6 +62,7 @@ class Router:
         self._socket.bind("tcp://127.0.0.1:*")
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._boot_id = os.urandom(16)
+        self._waiting: list[tuple[bytes, MoverMessage]] = []
 
     def send(self, mover: MoverProcess, message: RouterMessage) -> None:
         self._socket.send_multipart([mover.boot_id, encode(message)])
@@ -69,40 +70,47 @@ class Router:
     def expect(
         self, mover: MoverProcess, kind: type[_T], key: TransferKey | None, wait_s: float = ANSWER_S
     ) -> _T:
-        """The next such message; heartbeats and greetings are answered meanwhile."""
+        """The next such message; others wait for their turn, heartbeats are answered at once."""
         deadline = time.monotonic() + wait_s
-        while (left_s := deadline - time.monotonic()) > 0:
-            if not self._socket.poll(int(left_s * 1000) + 1):
-                continue
-            identity, payload = self._socket.recv_multipart()
-            message = decode_mover_message(payload)
-            self._answer(identity, message)
-            if getattr(message, "key", None) != key or identity != mover.boot_id:
-                continue
-            if isinstance(message, kind):
-                return message
-            if isinstance(message, TransferFailed):
-                raise LaunchError(f"{mover.name}: {message.reason}")
-        raise LaunchError(f"{mover.name}: expected {kind.__name__} in {wait_s} s, found none")
+        while True:
+            for idx, (identity, message) in enumerate(self._waiting):
+                if identity != mover.boot_id or getattr(message, "key", None) != key:
+                    continue
+                if isinstance(message, TransferFailed):
+                    raise LaunchError(f"{mover.name}: {message.reason}")
+                if isinstance(message, kind):
+                    del self._waiting[idx]
+                    return message
+            left_s = deadline - time.monotonic()
+            if left_s <= 0 or not self._socket.poll(int(left_s * 1000) + 1):
+                raise LaunchError(f"{mover.name}: expected {kind.__name__} in {wait_s} s")
+            self._take()
+
+    def forget(self) -> None:
+        """Drop what nobody waits for: progress reports of a transfer that is over."""
+        self._waiting.clear()
 
     def answer_for(self, seconds: float) -> None:
         """Be a router with nothing to do."""
         deadline = time.monotonic() + seconds
         while (left_s := deadline - time.monotonic()) > 0:
             if self._socket.poll(int(left_s * 1000) + 1):
-                identity, payload = self._socket.recv_multipart()
-                self._answer(identity, decode_mover_message(payload))
+                self._take()
 
     def close(self) -> None:
         self._socket.close(0)
         self._context.term()
 
-    def _answer(self, identity: bytes, message: MoverMessage) -> None:
+    def _take(self) -> None:
+        identity, payload = self._socket.recv_multipart()
+        message = decode_mover_message(payload)
         if isinstance(message, Hello):
             welcome = Welcome(PROTOCOL_VERSION, self._boot_id, _HEARTBEAT_S, False)
             self._socket.send_multipart([identity, encode(welcome)])
         elif isinstance(message, Load):
             self._socket.send_multipart([identity, encode(Pong(self._boot_id))])
+            return
+        self._waiting.append((identity, message))
 
 
 class Movers:
@@ -158,6 +166,7 @@ class Movers:
             router.send(mover, End(key, False, "measured"))
         for mover in (prefill, decode):
             router.expect(mover, Ended, key)
+        router.forget()
         return seconds
 
     def idle_cpu_share(self, seconds: float) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_dualpath.bench.mover.side_puts_memory import InitiatorMemory, TargetMemory, make_pieces
 from vllm_dualpath.errors import TransportError
-from vllm_dualpath.transport.base import PutArray, PutDone
+from vllm_dualpath.transport.base import NoticeReceived, PutArray, PutDone
 from vllm_dualpath.transport.ucx import UcxTransport
 
 _PUT_S = 20.0
@@ -30,6 +30,21 @@ class Target(TargetMemory):
             "region": self._region.descriptor,
             "address": self.memory.address,
         }
+
+    def collect(self, count: int) -> list[float]:
+        """Microseconds from the submission to this poll, of so many notices.
+
+        Both processes read the one monotonic clock of the machine.
+        """
+        delays: list[float] = []
+        while len(delays) < count:
+            if not select.select([self._transport.fileno()], [], [], _PUT_S)[0]:
+                raise TransportError(f"notices: expected {count}, found {len(delays)}")
+            for event in self._transport.poll():
+                now_ns = time.monotonic_ns()
+                if isinstance(event, NoticeReceived):
+                    delays.append((now_ns - int.from_bytes(event.payload, "little")) / 1e3)
+        return delays
 
 
 class Initiator(InitiatorMemory):
@@ -68,3 +83,14 @@ class Initiator(InitiatorMemory):
                     return time.perf_counter() - start
                 raise TransportError(f"put {put_id}: expected it done, found {event}")
         raise TransportError(f"put {put_id}: no outcome in {_PUT_S} s")
+
+    def ping(self, count: int, gap_s: float) -> None:
+        """Tiny puts with a notice that says when; far enough apart that both sides fall asleep."""
+        piece = make_pieces(self.memory, self._remote_address, 4096, 0)[:1].copy()
+        piece[0, 2] = 64
+        for _ in range(count):
+            time.sleep(gap_s)
+            stamp = time.monotonic_ns().to_bytes(8, "little")
+            self._transport.put(self._peer_id, piece, stamp)
+            select.select([self._transport.fileno()], [], [], _PUT_S)
+            self._transport.poll()

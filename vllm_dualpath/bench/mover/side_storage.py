@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import os
 import select
 import time
 from collections.abc import Callable, Iterator
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zmq
 
 from vllm_dualpath import native
 from vllm_dualpath.bench.mover.shapes import shape_named
+from vllm_dualpath.blocks import ALIGNMENT_BYTES
 from vllm_dualpath.errors import StorageError
 from vllm_dualpath.storage import PosixStore, ReadBlock, WriteBlock
 
@@ -93,6 +96,32 @@ class Storage:
             hashlib.sha256(f"{name}/{idx}".encode()).digest() for idx in range(self._num_blocks)
         ]
 
+    def latencies(self, count: int) -> tuple[list[float], list[float]]:
+        """Microseconds of one block at a time: to its callback, and of a plain blocking read.
+
+        What waits polls as the mover's loop does. The plain read opens, reads and closes the same
+        file; what the callback takes longer is ours.
+        """
+        poller = zmq.Poller()
+        poller.register(self._store.fileno(), zmq.POLLIN)
+        block_hash, path = block_hashes("kept", 1)[0], self.files()[0]
+        plain = mmap.mmap(-1, len(self._slots[0]) + ALIGNMENT_BYTES)
+        to_callback, to_return = [], []
+        for _ in range(count):
+            time.sleep(0.002)
+            start = time.perf_counter()
+            self._store.submit(ReadBlock(block_hash, self._slots[0], False))
+            poller.poll(int(_PROGRESS_S * 1000))
+            for finished in self._store.finished():
+                to_callback.append((time.perf_counter() - start) * 1e6)
+                if finished.error is not None:
+                    raise finished.error
+            time.sleep(0.002)
+            start = time.perf_counter()
+            _plain_read(path, plain)
+            to_return.append((time.perf_counter() - start) * 1e6)
+        return to_callback, to_return
+
     def _run(self, make: Callable[[memoryview], Request]) -> float:
         """Every block once, as many under way as there are slots."""
         free, slots = list(self._slots), {}
@@ -118,3 +147,11 @@ class Storage:
 def block_hashes(name: str, num_blocks: int) -> list[bytes]:
     """Names of blocks: nothing chains them, as nobody looks them up by their tokens."""
     return [hashlib.sha256(f"{name}/{idx}".encode()).digest() for idx in range(num_blocks)]
+
+
+def _plain_read(path: str, buffer: mmap.mmap) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    try:
+        os.preadv(fd, [buffer], 0)
+    finally:
+        os.close(fd)
