@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vllm_dualpath.bench.mover.channel import Child
 from vllm_dualpath.bench.mover.puts import LINKS
-from vllm_dualpath.bench.mover.shapes import SHAPES
+from vllm_dualpath.bench.mover.shapes import PROBE
 from vllm_dualpath.bench.processes import ProcessGuard
 from vllm_dualpath.bench.statistics import percentile
 
@@ -56,11 +56,11 @@ def measure_notices(
 def measure_callbacks(
     count: int, directory: Path, logs: Path, guard: ProcessGuard
 ) -> tuple[Latency, Latency]:
-    """One block of the smallest shape at a time: to its callback, and a plain read of the file."""
+    """One page-sized block at a time: to its callback, and a plain read of the file."""
     directory.mkdir()
     child = Child("storage", logs / "callbacks.log", guard)
     try:
-        child.call("open", str(directory), SHAPES[0].name, 2, 2)
+        child.call("open", str(directory), PROBE.name, 2, 2)
         to_callback, to_return = child.call("latencies", _WARM_UP + count)
         return Latency.of(to_callback[_WARM_UP:]), Latency.of(to_return[_WARM_UP:])
     finally:

@@ -101,7 +101,7 @@ class PutPair:
             child.resume()
         self.initiator.call("put", piece_bytes)
         self.target.call("clear")
-        seconds = [self.initiator.call("put", piece_bytes) for _ in range(num_puts)]
+        seconds = [float(self.initiator.call("put", piece_bytes)) for _ in range(num_puts)]
         found = self.target.call("crc32c")
         if found != self._expected[piece_bytes]:
             raise LaunchError(

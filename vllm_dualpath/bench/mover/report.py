@@ -92,10 +92,8 @@ def _add_section(
         table.add_row(
             f"{part}: {kind} {shape}", _speed(speed), other, _speed(beside) if beside else "-"
         )
-    names = (
-        [f"storage_{kind}_vs_fio" for kind in kinds] if part == "storage" else ["copy_vs_memcpy"]
-    )
-    for name in names:
+    storage = [f"storage_{kind}_vs_fio" for kind in kinds]
+    for name in storage if part == "storage" else ["copy_vs_memcpy"]:
         table.add_row(name, "", "", "", *_ratio_cells(record, name))
 
 
@@ -112,8 +110,9 @@ def _caption(record: dict[str, Any]) -> str:
     lines = [
         f"CRC32C {record['crc32c_gb_per_s']:.1f} GB/s from cache,"
         f" {record['crc32c_from_memory_gb_per_s']:.1f} from memory; a checked read runs at"
-        f" {checked['median']:.2f} ({checked['low']:.2f}-{checked['high']:.2f}) of an unchecked one",
-        f"an idle mover uses {record['idle_cpu_percent']:.2f} % of a core; latency in us, p50/p99: "
+        f" {checked['median']:.2f} ({checked['low']:.2f}-{checked['high']:.2f}) of the speed of"
+        " one without",
+        f"an idle mover uses {record['idle_cpu_percent']:.2f} % of a core; us, p50/p99: "
         + ", ".join(
             f"{name.replace('_', ' ')} {each['p50']:.0f}/{each['p99']:.0f}"
             for name, each in record["latency_us"].items()

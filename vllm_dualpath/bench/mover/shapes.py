@@ -49,6 +49,10 @@ SHAPES = (
 )
 
 
+PROBE = Shape("probe", Geometry(_BLOCK_TOKENS, _BLOCK_TOKENS, (4096,), "LBHNC", 1, "uint8"), "-")
+"""Of no model: so small that its read is mostly what surrounds a read."""
+
+
 def shape_named(name: str) -> Shape:
     """By ``Shape.name``; raises ``KeyError``."""
-    return {shape.name: shape for shape in SHAPES}[name]
+    return {shape.name: shape for shape in (*SHAPES, PROBE)}[name]

@@ -124,7 +124,8 @@ class Storage:
 
     def _run(self, make: Callable[[memoryview], Request]) -> float:
         """Every block once, as many under way as there are slots."""
-        free, slots = list(self._slots), {}
+        free = list(self._slots)
+        slots: dict[int, memoryview] = {}
         left = self._num_blocks
         start = time.perf_counter()
         while left or slots:
