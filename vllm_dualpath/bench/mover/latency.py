@@ -36,16 +36,17 @@ def measure_notices(
 ) -> dict[str, Latency]:
     """From a tiny put's submission to its notice in the peer's poll, both sides asleep before."""
     result = {}
-    for link, transports in LINKS.items():
-        with ExitStack() as stack:
-            sides = []
+    children: dict[tuple[str, str], Child] = {}
+    with ExitStack() as stack:
+        for link, transports in LINKS.items():
             for side in ("initiator", "target"):
                 core = cores and cores[side == "target"]
                 log = logs / f"notices-{link}-{side}.log"
                 child = Child(f"ours-{side}", log, guard, core, {"UCX_TLS": transports})
                 stack.callback(child.close)
-                sides.append(child)
-            initiator, target = sides
+                children[link, side] = child
+        for link in LINKS:
+            initiator, target = children[link, "initiator"], children[link, "target"]
             initiator.call("connect", target.call("hello"), link == "shm")
             target.send("collect", _WARM_UP + count)
             initiator.call("ping", _WARM_UP + count, _GAP_S)

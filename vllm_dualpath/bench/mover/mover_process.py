@@ -33,9 +33,9 @@ _T = TypeVar("_T")
 
 
 class MoverProcess:
-    """One ``python -m vllm_dualpath.mover`` with both sides of an engine attached to it.
+    """One ``python -m vllm_dualpath.mover``; ``attach`` makes both sides of an engine to it.
 
-    It ends with its engine's connections, so also when this process dies. Raises ``LaunchError``.
+    It ends with its engine's connections, so also when this process dies.
     """
 
     def __init__(
@@ -72,11 +72,22 @@ class MoverProcess:
             [sys.executable, "-m", "vllm_dualpath.mover", "--spec", str(spec_path)],
             stdin=subprocess.DEVNULL,
         )
-        self._attach(socket_path)
+        self._socket_path = socket_path
 
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    def attach(self) -> None:
+        """Wait until it is up, and be its engine. Raises ``DualPathError``."""
+        for kind in ("worker", "scheduler"):
+            link = EngineLink(self._socket_path, kind, self._messages.put, _ignore)
+            attached, fds = link.connect(START_S)
+            self._links.append(link)
+            for fd in fds:
+                os.close(fd)
+        self.boot_id = attached.boot_id
+        self.send(Mapped())
 
     def send(self, message: EngineMessage) -> None:
         """As the engine's worker."""
@@ -113,20 +124,6 @@ class MoverProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-
-    def _attach(self, socket_path: Path) -> None:
-        try:
-            for kind in ("worker", "scheduler"):
-                link = EngineLink(socket_path, kind, self._messages.put, _ignore)
-                attached, fds = link.connect(START_S)
-                self._links.append(link)
-                for fd in fds:
-                    os.close(fd)
-            self.boot_id = attached.boot_id
-            self.send(Mapped())
-        except BaseException:
-            self.close()
-            raise
 
 
 def _ignore(reason: str) -> None:

@@ -54,15 +54,15 @@ def short_plan(directory: Path, nixl_path: Path | None, pin: bool) -> Plan:
         nixl_path,
         piece_bytes=PIECE_BYTES[:2],
         puts_per_turn=2,
-        puts=Budget(12.0),
-        storage=Budget(8.0),
+        puts=Budget(11.0),
+        storage=Budget(7.0),
         storage_bytes=64 * _MIB,
-        copies=Budget(2.0, 5),
+        copies=Budget(1.0, 5),
         copy_bytes=48 * _MIB,
         staging=Budget(2.5, 5),
         staging_bytes=96 * _MIB,
         num_pings=150,
-        idle_s=1.5,
+        idle_s=1.0,
     )
 
 

@@ -130,6 +130,8 @@ class Movers:
         self._scratch = tempfile.TemporaryDirectory()
         for role in ("prefill", "decode", "both"):
             self._start(role, directory, shape_named(shape))
+        for mover in self._movers.values():
+            mover.attach()
         for role in ("prefill", "decode"):
             mover = self._movers[role]
             mover.hello = self._router.expect(mover, Hello, None, START_S)

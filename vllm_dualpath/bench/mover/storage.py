@@ -25,7 +25,7 @@ from vllm_dualpath.errors import LaunchError
 INFLIGHT_BYTES = 64 << 20
 
 _CACHED_BYTES = 32 << 10
-_MEMORY_BYTES = 256 << 20
+_MEMORY_BYTES = 128 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +92,13 @@ def measure_storage(
     result = StorageResult(missing=None if fio.is_installed() else fio.HOW_TO_INSTALL)
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, plan.directory, ignore_errors=True)
-        sides = []
-        for shape in SHAPES:
-            child = Child("storage", logs / f"storage-{shape.name}.log", guard)
-            stack.callback(child.close)
-            sides.append(StoreSide(shape, plan, child))
+        children = []
+        for shape in SHAPES:  # side by side
+            children.append(Child("storage", logs / f"storage-{shape.name}.log", guard))
+            stack.callback(children[-1].close)
+        sides = [
+            StoreSide(shape, plan, child) for shape, child in zip(SHAPES, children, strict=True)
+        ]
         for side in sides:
             result.num_bytes[side.shape.name] = side.block_bytes * side.num_blocks
             result.store = side.choice
