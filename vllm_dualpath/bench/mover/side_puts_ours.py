@@ -1,4 +1,7 @@
-"""Puts by this project's transport: one call a batch, timed until its ``PutDone``."""
+"""Puts by this project's transport: one call a batch, timed until its ``PutDone``.
+
+The transport that a mover starts by default, whatever it does to reach a peer.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ from typing import Any
 
 from vllm_dualpath.bench.mover.side_puts_memory import InitiatorMemory, TargetMemory, make_pieces
 from vllm_dualpath.errors import TransportError
+from vllm_dualpath.transport import make_transport
 from vllm_dualpath.transport.base import NoticeReceived, PutArray, PutDone
-from vllm_dualpath.transport.ucx import UcxTransport
 
 _PUT_S = 20.0
 
@@ -19,7 +22,7 @@ class Target(TargetMemory):
 
     def __init__(self) -> None:
         super().__init__()
-        self._transport = UcxTransport()
+        self._transport = make_transport("auto")
         self._region = self._transport.register(
             self.memory.address, self.memory.num_bytes, fd=self.memory.fd
         )
@@ -52,8 +55,8 @@ class Initiator(InitiatorMemory):
 
     def __init__(self) -> None:
         super().__init__()
-        self._transport = UcxTransport()
-        self._transport.register(self.memory.address, self.memory.num_bytes)
+        self._transport = make_transport("auto")
+        self._transport.register(self.memory.address, self.memory.num_bytes, fd=self.memory.fd)
         self._remote_address = 0
         self._peer_id = 0
         self._pieces: dict[int, PutArray] = {}
