@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from vllm_dualpath.bench.mover.plan import full_plan, short_plan
-from vllm_dualpath.bench.mover.record import to_json
+from vllm_dualpath.bench.mover.record import make_record
 from vllm_dualpath.bench.mover.report import measure_with_progress, result_table
 from vllm_dualpath.bench.replay import ReplayPlan, ReplayResult, TokenRange
 from vllm_dualpath.bench.report import latency_table, replay_with_progress
@@ -76,7 +76,7 @@ def mover(
 ) -> None:
     """Measure storage, transport, checksums and copies beside what one would take instead."""
     plan = (short_plan if short else full_plan)(directory, nixl_path, pin)
-    record = to_json(measure_with_progress(plan, Console(stderr=True)))
+    record = make_record(measure_with_progress(plan, Console(stderr=True)))
     if json_path is not None:
         json_path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     Console().print(result_table(record))

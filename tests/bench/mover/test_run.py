@@ -12,7 +12,7 @@ from rich.console import Console
 from vllm_dualpath.bench.mover import fio
 from vllm_dualpath.bench.mover.budget import Budget
 from vllm_dualpath.bench.mover.plan import Plan
-from vllm_dualpath.bench.mover.record import to_json
+from vllm_dualpath.bench.mover.record import make_record
 from vllm_dualpath.bench.mover.report import measure_with_progress, result_table
 
 RATIOS = {
@@ -58,7 +58,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
         num_pings=20,
         idle_s=0.2,
     )
-    record = to_json(measure_with_progress(plan, Console(stderr=True)))
+    record = make_record(measure_with_progress(plan, Console(stderr=True)))
     assert list(directory.iterdir()) == [], "scratch files were left"
     return json.loads(json.dumps(record))  # type: ignore[no-any-return]
 

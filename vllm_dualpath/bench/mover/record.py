@@ -95,7 +95,7 @@ def gb_per_s(num_bytes: int, seconds: Sequence[float]) -> float:
     return num_bytes / statistics.median(seconds) / 1e9
 
 
-def to_json(measured: Measured) -> dict[str, Any]:
+def make_record(measured: Measured) -> dict[str, Any]:
     """The whole record, plain types only."""
     ratios = Ratios(measured)
     return {
