@@ -82,9 +82,10 @@ def test_no_child_is_left_when_a_measurement_fails(guard: ProcessGuard, tmp_path
 def test_bytes_that_do_not_arrive_are_an_error(guard: ProcessGuard, tmp_path: Path) -> None:
     """A turn compares the target's memory with what should be in it."""
     pair = PutPair("ours", "shm", PLAN, tmp_path, guard)
-    pair.connect(PLAN.piece_bytes)
+    expected: dict[int, int] = {}
+    pair.connect(PLAN.piece_bytes, expected)
     assert pair.turn(1 << 20, 1) > 0
-    pair._expected[1 << 20] ^= 1
+    expected[1 << 20] ^= 1
     with pytest.raises(LaunchError, match="expected CRC32C"):
         pair.turn(1 << 20, 1)
     pair.close()
@@ -93,7 +94,7 @@ def test_bytes_that_do_not_arrive_are_an_error(guard: ProcessGuard, tmp_path: Pa
 def test_a_stopped_pair_uses_no_cpu(guard: ProcessGuard, tmp_path: Path) -> None:
     """The plain loop's target spins; between its turns it must not."""
     pair = PutPair("raw", "shm", PLAN, tmp_path, guard)
-    pair.connect(PLAN.piece_bytes)
+    pair.connect(PLAN.piece_bytes, {})
     stat = Path(f"/proc/{pair.target.pid}/stat")
     before = stat.read_text().split()[13:15]
     time.sleep(0.3)

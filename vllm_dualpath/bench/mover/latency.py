@@ -31,18 +31,18 @@ class Latency:
         return cls(percentile(ordered, 0.50), percentile(ordered, 0.99))
 
 
-def measure_notices(
-    count: int, cores: tuple[int, int] | None, logs: Path, guard: ProcessGuard
-) -> dict[str, Latency]:
-    """From a tiny put's submission to its notice in the peer's poll, both sides asleep before."""
+def measure_notices(count: int, logs: Path, guard: ProcessGuard) -> dict[str, Latency]:
+    """From a tiny put's submission to its notice in the peer's poll, both sides asleep before.
+
+    Not pinned, as movers are not: each side has two threads that wake each other.
+    """
     result = {}
     children: dict[tuple[str, str], Child] = {}
     with ExitStack() as stack:
         for link, transports in LINKS.items():
             for side in ("initiator", "target"):
-                core = cores and cores[side == "target"]
                 log = logs / f"notices-{link}-{side}.log"
-                child = Child(f"ours-{side}", log, guard, core, {"UCX_TLS": transports})
+                child = Child(f"ours-{side}", log, guard, None, {"UCX_TLS": transports})
                 stack.callback(child.close)
                 children[link, side] = child
         for link in LINKS:

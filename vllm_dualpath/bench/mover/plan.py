@@ -54,7 +54,7 @@ def short_plan(directory: Path, nixl_path: Path | None, pin: bool) -> Plan:
         nixl_path,
         piece_bytes=PIECE_BYTES[:2],
         puts_per_turn=2,
-        puts=Budget(11.0),
+        puts=Budget(10.0),
         storage=Budget(7.0),
         storage_bytes=64 * _MIB,
         copies=Budget(1.0, 5),

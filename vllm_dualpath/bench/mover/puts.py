@@ -87,12 +87,18 @@ class PutPair:
             self.close()
             raise
 
-    def connect(self, piece_bytes: Sequence[int]) -> str:
-        """Connect, and prepare each size; returns what the variant runs on."""
+    def connect(self, piece_bytes: Sequence[int], expected: dict[int, int]) -> str:
+        """Connect, and prepare each size; returns what the variant runs on.
+
+        ``expected`` has the CRC32C of the target's memory by size: every initiator sends the same
+        bytes in the same permutation, so that the first one computes it for all.
+        """
         name: str = self.initiator.call("connect", self.target.call("hello"), self._same_host)
         for size in piece_bytes:
             self.initiator.call("prepare", size, _SEED)
-            self._expected[size] = self.initiator.call("expected", size, _SEED)
+            if size not in expected:
+                expected[size] = self.initiator.call("expected", size, _SEED)
+        self._expected = expected
         self._pause()
         return name
 
@@ -150,9 +156,10 @@ def _connect(
 ) -> dict[str, list[PutPair]]:
     """The pairs that stand, by link. Only a baseline may be missing."""
     pairs: dict[str, list[PutPair]] = {link: [] for link in plan.links}
+    expected: dict[int, int] = {}
     for link, pair in started:
         try:
-            result.names[f"{pair.variant}-{link}"] = pair.connect(plan.piece_bytes)
+            result.names[f"{pair.variant}-{link}"] = pair.connect(plan.piece_bytes, expected)
         except LaunchError as exc:
             if pair.variant != "nixl":
                 raise

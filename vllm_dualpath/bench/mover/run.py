@@ -86,7 +86,7 @@ def _measure(
     show("copies")
     copies = measure_copies(plan.copies, plan.copy_bytes, logs, guard, tick)
     show("latencies")
-    notices = measure_notices(plan.num_pings, plan.cores, logs, guard)
+    notices = measure_notices(plan.num_pings, logs, guard)
     callback, plain_read = measure_callbacks(plan.num_pings, scratch / "callbacks", logs, guard)
     show("staging")
     staging = measure_staging(
