@@ -26,6 +26,21 @@ pip() {
     { echo "$output" >&2; say "failed: pip $*"; exit 1; }
 }
 
+# What `bench mover` compares with. Neither is needed for anything else: failing is a note.
+install_baselines() {
+  if ! has "$python" nixl_cu12; then
+    # Without dependencies: those would pull in a CUDA torch.
+    "$python" -m pip --disable-pip-version-check install --quiet --no-deps \
+      nixl==1.5.1 nixl_cu12==1.5.1 >&2 ||
+      say "note: NIXL could not be installed; \`bench mover\` goes without it"
+  fi
+  if ! command -v fio >/dev/null; then
+    { [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null &&
+      DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes fio >&2; } ||
+      say "note: fio could not be installed; \`bench mover\` measures storage without it"
+  fi
+}
+
 # Everything that decides what is installed; the tree's path, because the build lies in the tree.
 fingerprint() {
   {
@@ -76,5 +91,6 @@ say "building the package from $root"
 # Not isolated: an isolated build downloads its tools each time and compiles every file anew.
 pip install --quiet 'setuptools>=77' wheel 'pybind11>=2.13' 'libucx-cu12>=1.17'
 pip install --quiet --no-build-isolation --editable "$root${extra:+[$extra]}"
+[[ $extra == dev ]] && install_baselines
 echo "$want" >"$venv/.dualpath-${extra:-plain}"
 echo "$python"

@@ -18,15 +18,10 @@ struct Flush {
 RawPutLoop::RawPutLoop(std::shared_ptr<const UcxLibrary> library, std::uintptr_t address,
                        std::size_t num_bytes, const std::string& remote_worker,
                        const std::string& remote_key, std::chrono::milliseconds timeout)
-    : worker_(std::move(library), address, num_bytes) {
+    : worker_(std::move(library), address, num_bytes), remote_key_(nullptr, KeyDeleter{nullptr}) {
     connect(remote_worker, remote_key);
     // Over TCP a target that connects back while it takes its first large put crashes now and then.
     flush(Clock::now() + timeout);
-}
-
-RawPutLoop::~RawPutLoop() {
-    if (remote_key_ != nullptr) worker_.library().ucp_rkey_destroy(remote_key_);
-    // The worker takes the endpoint with it: closing in order would wait for the target.
 }
 
 void RawPutLoop::connect(const std::string& remote_worker, const std::string& remote_key) {
@@ -35,8 +30,10 @@ void RawPutLoop::connect(const std::string& remote_worker, const std::string& re
     params.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS;
     params.address = reinterpret_cast<const ucp_address_t*>(remote_worker.data());
     library.check(library.ucp_ep_create(worker_.handle(), &params, &endpoint_), "connecting");
-    library.check(library.ucp_ep_rkey_unpack(endpoint_, remote_key.data(), &remote_key_),
+    ucp_rkey_h key = nullptr;
+    library.check(library.ucp_ep_rkey_unpack(endpoint_, remote_key.data(), &key),
                   "unpacking the target's memory key");
+    remote_key_ = std::unique_ptr<ucp_rkey, KeyDeleter>(key, KeyDeleter{&library});
 }
 
 double RawPutLoop::put(const Piece* pieces, std::size_t num_pieces, std::size_t progress_every,
@@ -59,8 +56,9 @@ void RawPutLoop::post(const Piece& piece) {
     const UcxLibrary& library = worker_.library();
     const ucp_request_param_t param{};
     const auto [local, remote, num_bytes] = piece;
-    const ucs_status_ptr_t result = library.ucp_put_nbx(
-        endpoint_, reinterpret_cast<const void*>(local), num_bytes, remote, remote_key_, &param);
+    const ucs_status_ptr_t result =
+        library.ucp_put_nbx(endpoint_, reinterpret_cast<const void*>(local), num_bytes, remote,
+                            remote_key_.get(), &param);
     if (UCS_PTR_IS_ERR(result)) library.check(UCS_PTR_STATUS(result), "put");
     // One that is under way is freed when it completes; the flush waits for it.
     if (result != nullptr) library.ucp_request_free(result);

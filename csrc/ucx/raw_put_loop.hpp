@@ -21,7 +21,6 @@ class RawPutLoop {
     RawPutLoop(std::shared_ptr<const UcxLibrary> library, std::uintptr_t address,
                std::size_t num_bytes, const std::string& remote_worker,
                const std::string& remote_key, std::chrono::milliseconds timeout);
-    ~RawPutLoop();
     RawPutLoop(const RawPutLoop&) = delete;
     RawPutLoop& operator=(const RawPutLoop&) = delete;
 
@@ -36,9 +35,16 @@ class RawPutLoop {
     void post(const Piece& piece);
     void flush(std::chrono::steady_clock::time_point deadline);
 
+    struct KeyDeleter {
+        const UcxLibrary* library;
+        void operator()(ucp_rkey_h key) const { library->ucp_rkey_destroy(key); }
+    };
+
+    // The worker takes the endpoint with it: closing in order would wait for the target.
     RawWorker worker_;
     ucp_ep_h endpoint_ = nullptr;
-    ucp_rkey_h remote_key_ = nullptr;
+    // After the worker, so that it goes first; a member, so that it goes when connecting fails too.
+    std::unique_ptr<ucp_rkey, KeyDeleter> remote_key_;
 };
 
 }  // namespace dualpath

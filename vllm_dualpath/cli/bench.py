@@ -1,4 +1,4 @@
-"""``vllm-dualpath bench``: measure a server."""
+"""``vllm-dualpath bench``: measure a server, or this machine's data mover."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from vllm_dualpath.bench.mover.plan import full_plan, short_plan
+from vllm_dualpath.bench.mover.record import make_record
+from vllm_dualpath.bench.mover.report import measure_with_progress, result_table
 from vllm_dualpath.bench.replay import ReplayPlan, ReplayResult, TokenRange
 from vllm_dualpath.bench.report import latency_table, replay_with_progress
 
-app = typer.Typer(help="Measure a server.", no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    """Keep ``replay`` a subcommand although it is the only one."""
+app = typer.Typer(help="Measure a server, or the data mover on this machine.", no_args_is_help=True)
 
 
 @app.command()
@@ -56,6 +54,32 @@ def replay(
         json_path.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
     Console().print(latency_table(result))
     raise typer.Exit(_report_failures(result))
+
+
+@app.command()
+def mover(
+    short: Annotated[
+        bool, typer.Option("--short", help="Under 50 s: fewer rounds, no pieces of 1 MiB.")
+    ] = False,
+    directory: Annotated[
+        Path, typer.Option(help="Where to measure storage; a folder is made in it and removed.")
+    ] = Path(),
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write ratios, intervals and samples here.")
+    ] = None,
+    nixl_path: Annotated[
+        Path | None, typer.Option(help="Where NIXL is, if not in this environment.")
+    ] = None,
+    pin: Annotated[
+        bool, typer.Option(help="Pin initiators and targets of puts to a core each.")
+    ] = True,
+) -> None:
+    """Measure storage, transport, checksums and copies beside what one would take instead."""
+    plan = (short_plan if short else full_plan)(directory, nixl_path, pin)
+    record = make_record(measure_with_progress(plan, Console(stderr=True)))
+    if json_path is not None:
+        json_path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    Console().print(result_table(record))
 
 
 def _report_failures(result: ReplayResult) -> int:

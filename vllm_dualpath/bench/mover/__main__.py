@@ -6,6 +6,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from vllm_dualpath.bench.mover.budget import Budget
 from vllm_dualpath.bench.mover.puts import LINKS, PIECE_BYTES, VARIANTS, PutPlan, measure_puts
 from vllm_dualpath.bench.processes import ProcessGuard
 
@@ -28,7 +29,7 @@ def main() -> None:
         links=arguments.links.split(","),
         piece_bytes=arguments.pieces,
         variants=arguments.variants.split(","),
-        num_rounds=arguments.rounds,
+        budget=Budget(0.0, arguments.rounds, arguments.rounds),
         nixl_path=arguments.nixl_path,
         cores=tuple(arguments.cores) if arguments.cores else None,
     )

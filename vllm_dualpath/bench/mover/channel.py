@@ -110,7 +110,9 @@ class Child:
         signal_group(self.pid, signal.SIGCONT)
 
     def close(self) -> None:
-        """End it, by force if it does not go."""
+        """End it, by force if it does not go. Closing twice is fine."""
+        if self._connection.closed:
+            return
         self.resume()
         self._connection.close()
         try:

@@ -17,12 +17,15 @@ from typing import Any
 import msgspec
 
 ROLES = {
-    "ours-target": "put_ours:Target",
-    "ours-initiator": "put_ours:Initiator",
-    "raw-target": "put_raw:Target",
-    "raw-initiator": "put_raw:Initiator",
-    "nixl-target": "put_nixl:Target",
-    "nixl-initiator": "put_nixl:Initiator",
+    "ours-target": "side_puts_ours:Target",
+    "ours-initiator": "side_puts_ours:Initiator",
+    "raw-target": "side_puts_raw:Target",
+    "raw-initiator": "side_puts_raw:Initiator",
+    "nixl-target": "side_puts_nixl:Target",
+    "nixl-initiator": "side_puts_nixl:Initiator",
+    "storage": "side_storage:Storage",
+    "copies": "side_copies:Copies",
+    "movers": "side_movers:Movers",
 }
 
 
@@ -34,20 +37,34 @@ def make_role(name: str) -> Any:
 
 def serve(connection: Connection, role: str) -> None:
     """Answer calls until the benchmark closes its end."""
-    target: Any = None
+    # Built at once, so that many children start side by side; a failure is every call's answer.
+    target, failure = _build(role)
     while True:
         try:
             method, arguments = msgspec.msgpack.decode(connection.recv_bytes())
         except EOFError:
             return
-        try:
-            # Built on the first call, so that a failure to build is an answer.
-            target = target or make_role(role)
-            answer = (True, getattr(target, method)(*arguments))
-        except Exception as exc:  # told to the benchmark, which ends the run
-            traceback.print_exc()
-            answer = (False, f"{type(exc).__name__}: {exc}")
+        if failure:
+            answer: tuple[bool, Any] = (False, failure)
+        else:
+            answer = _call(target, method, arguments)
         connection.send_bytes(msgspec.msgpack.encode(answer))
+
+
+def _build(role: str) -> tuple[Any, str]:
+    try:
+        return make_role(role), ""
+    except Exception as exc:
+        traceback.print_exc()
+        return None, f"{type(exc).__name__}: {exc}"
+
+
+def _call(target: Any, method: str, arguments: Any) -> tuple[bool, Any]:
+    try:
+        return True, getattr(target, method)(*arguments)
+    except Exception as exc:  # told to the benchmark, which ends the run
+        traceback.print_exc()
+        return False, f"{type(exc).__name__}: {exc}"
 
 
 def main() -> None:

@@ -13,9 +13,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import vllm_dualpath
+from vllm_dualpath.bench.mover.budget import Budget
 from vllm_dualpath.bench.mover.channel import Child, close_all
 from vllm_dualpath.bench.mover.pairing import Ratio, in_turn, paired_ratio
-from vllm_dualpath.bench.mover.put_memory import NUM_BYTES
+from vllm_dualpath.bench.mover.side_puts_memory import NUM_BYTES
 from vllm_dualpath.bench.processes import ProcessGuard
 from vllm_dualpath.errors import LaunchError
 
@@ -25,6 +27,7 @@ LINKS: Mapping[str, str] = {"shm": "sm,self,tcp", "tcp": "tcp,self"}
 VARIANTS = ("ours", "raw", "nixl")
 PIECE_BYTES = (4096, 32768, 1 << 20)
 _SEED = 1
+_LONG_TURN_S = 0.1  # slow puts are not repeated within a turn: more rounds say more
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +37,13 @@ class PutPlan:
     links: Sequence[str] = tuple(LINKS)
     piece_bytes: Sequence[int] = PIECE_BYTES
     variants: Sequence[str] = VARIANTS
-    num_rounds: int = 15
+    budget: Budget = Budget(30.0)  # noqa: RUF009 # frozen
     puts_per_turn: int = 3
-    """Timed ones, after one that is not; their median is the sample."""
+    """Timed ones at most, after one that is not; their median is the sample."""
     nixl_path: Path | None = None
     """Where NIXL is, if not in this environment."""
     cores: tuple[int, int] | None = None
     """Of initiators and of targets; None: wherever the scheduler puts them."""
-
-    @property
-    def num_turns(self) -> int:
-        return len(self.links) * len(self.piece_bytes) * len(self.variants) * self.num_rounds
 
 
 @dataclass(slots=True)
@@ -88,12 +87,18 @@ class PutPair:
             self.close()
             raise
 
-    def connect(self, piece_bytes: Sequence[int]) -> str:
-        """Connect, and prepare each size; returns what the variant runs on."""
+    def connect(self, piece_bytes: Sequence[int], expected: dict[int, int]) -> str:
+        """Connect, and prepare each size; returns what the variant runs on.
+
+        ``expected`` has the CRC32C of the target's memory by size: every initiator sends the same
+        bytes in the same permutation, so that the first one computes it for all.
+        """
         name: str = self.initiator.call("connect", self.target.call("hello"), self._same_host)
         for size in piece_bytes:
             self.initiator.call("prepare", size, _SEED)
-            self._expected[size] = self.initiator.call("expected", size, _SEED)
+            if size not in expected:
+                expected[size] = self.initiator.call("expected", size, _SEED)
+        self._expected = expected
         self._pause()
         return name
 
@@ -103,7 +108,9 @@ class PutPair:
             child.resume()
         self.initiator.call("put", piece_bytes)
         self.target.call("clear")
-        seconds = [self.initiator.call("put", piece_bytes) for _ in range(num_puts)]
+        seconds: list[float] = []
+        while len(seconds) < num_puts and sum(seconds) < _LONG_TURN_S:
+            seconds.append(self.initiator.call("put", piece_bytes))
         found = self.target.call("crc32c")
         if found != self._expected[piece_bytes]:
             raise LaunchError(
@@ -122,44 +129,44 @@ class PutPair:
 
 
 def measure_puts(
-    plan: PutPlan, directory: Path, guard: ProcessGuard, advance: Callable[[], None] = lambda: None
+    plan: PutPlan, directory: Path, guard: ProcessGuard, tick: Callable[[], None] = lambda: None
 ) -> PutResult:
-    """Run the plan; ``advance`` is called after each turn. Logs go to ``directory``."""
+    """Run the plan. Logs of the processes go to ``directory``."""
     result = PutResult()
-    for link in plan.links:
-        with ExitStack() as stack:
-            pairs = _open_pairs(link, plan, directory, guard, stack, result)
-            for size in plan.piece_bytes:
-                for round_idx in range(plan.num_rounds):
-                    for pair in in_turn(pairs, round_idx):
+    with ExitStack() as stack:
+        # All start side by side; connecting and all that follows is one after the other.
+        started: list[tuple[str, PutPair]] = []
+        for link in plan.links:
+            for variant in plan.variants:
+                pair = PutPair(variant, link, plan, directory, guard)
+                stack.callback(pair.close)
+                started.append((link, pair))
+        pairs = _connect(started, plan, result)
+        for round_idx in plan.budget.rounds(tick):
+            for link in plan.links:
+                for size in plan.piece_bytes:
+                    for pair in in_turn(pairs[link], round_idx):
                         seconds = pair.turn(size, plan.puts_per_turn)
                         result.seconds.setdefault((link, size, pair.variant), []).append(seconds)
-                        advance()
     return result
 
 
-def _open_pairs(
-    link: str,
-    plan: PutPlan,
-    directory: Path,
-    guard: ProcessGuard,
-    stack: ExitStack,
-    result: PutResult,
-) -> list[PutPair]:
-    pairs = []
-    for variant in plan.variants:
-        if variant in result.missing:
-            continue
-        pair = PutPair(variant, link, plan, directory, guard)
-        stack.callback(pair.close)
+def _connect(
+    started: Sequence[tuple[str, PutPair]], plan: PutPlan, result: PutResult
+) -> dict[str, list[PutPair]]:
+    """The pairs that stand, by link. Only a baseline may be missing."""
+    pairs: dict[str, list[PutPair]] = {link: [] for link in plan.links}
+    expected: dict[int, int] = {}
+    for link, pair in started:
         try:
-            result.names[f"{variant}-{link}"] = pair.connect(plan.piece_bytes)
+            result.names[f"{pair.variant}-{link}"] = pair.connect(plan.piece_bytes, expected)
         except LaunchError as exc:
-            if variant != "nixl":
+            if pair.variant != "nixl":
                 raise
-            result.missing[variant] = _nixl_missing(exc)
+            result.missing[pair.variant] = _nixl_missing(exc)
+            pair.close()
             continue
-        pairs.append(pair)
+        pairs[link].append(pair)
     return pairs
 
 
@@ -178,6 +185,4 @@ def _environment(variant: str, link: str, plan: PutPlan) -> dict[str, str]:
 
 def _python_path() -> str:
     """What a child needs to find this very package."""
-    import vllm_dualpath
-
     return str(Path(vllm_dualpath.__file__).parent.parent)

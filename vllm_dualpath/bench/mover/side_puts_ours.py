@@ -1,4 +1,7 @@
-"""Puts by this project's transport: one call a batch, timed until its ``PutDone``."""
+"""Puts by this project's transport: one call a batch, timed until its ``PutDone``.
+
+The transport that a mover starts by default, whatever it does to reach a peer.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,10 @@ import select
 import time
 from typing import Any
 
-from vllm_dualpath.bench.mover.put_memory import InitiatorMemory, TargetMemory, make_pieces
+from vllm_dualpath.bench.mover.side_puts_memory import InitiatorMemory, TargetMemory, make_pieces
 from vllm_dualpath.errors import TransportError
-from vllm_dualpath.transport.auto import AutoTransport
-from vllm_dualpath.transport.base import PutArray, PutDone
+from vllm_dualpath.transport import make_transport
+from vllm_dualpath.transport.base import NoticeReceived, PutArray, PutDone
 
 _PUT_S = 20.0
 
@@ -19,7 +22,7 @@ class Target(TargetMemory):
 
     def __init__(self) -> None:
         super().__init__()
-        self._transport = AutoTransport()
+        self._transport = make_transport("auto")
         self._region = self._transport.register(
             self.memory.address, self.memory.num_bytes, fd=self.memory.fd
         )
@@ -31,14 +34,29 @@ class Target(TargetMemory):
             "address": self.memory.address,
         }
 
+    def collect(self, count: int) -> list[float]:
+        """Microseconds from the submission to this poll, of so many notices.
+
+        Both processes read the one monotonic clock of the machine.
+        """
+        delays: list[float] = []
+        while len(delays) < count:
+            if not select.select([self._transport.fileno()], [], [], _PUT_S)[0]:
+                raise TransportError(f"notices: expected {count}, found {len(delays)}")
+            for event in self._transport.poll():
+                now_ns = time.monotonic_ns()
+                if isinstance(event, NoticeReceived):
+                    delays.append((now_ns - int.from_bytes(event.payload, "little")) / 1e3)
+        return delays
+
 
 class Initiator(InitiatorMemory):
     """A transport that puts."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._transport = AutoTransport()
-        self._transport.register(self.memory.address, self.memory.num_bytes)
+        self._transport = make_transport("auto")
+        self._transport.register(self.memory.address, self.memory.num_bytes, fd=self.memory.fd)
         self._remote_address = 0
         self._peer_id = 0
         self._pieces: dict[int, PutArray] = {}
@@ -68,3 +86,14 @@ class Initiator(InitiatorMemory):
                     return time.perf_counter() - start
                 raise TransportError(f"put {put_id}: expected it done, found {event}")
         raise TransportError(f"put {put_id}: no outcome in {_PUT_S} s")
+
+    def ping(self, count: int, gap_s: float) -> None:
+        """Tiny puts with a notice that says when; far enough apart that both sides fall asleep."""
+        piece = make_pieces(self.memory, self._remote_address, 4096, 0)[:1].copy()
+        piece[0, 2] = 64
+        for _ in range(count):
+            time.sleep(gap_s)
+            stamp = time.monotonic_ns().to_bytes(8, "little")
+            self._transport.put(self._peer_id, piece, stamp)
+            select.select([self._transport.fileno()], [], [], _PUT_S)
+            self._transport.poll()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_dualpath import native
-from vllm_dualpath.bench.mover.put_memory import InitiatorMemory, TargetMemory, make_pieces
+from vllm_dualpath.bench.mover.side_puts_memory import InitiatorMemory, TargetMemory, make_pieces
 from vllm_dualpath.transport.base import PutArray
 
 _TIMEOUT_S = 20.0

@@ -8,20 +8,33 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import time
 from typing import Any
 
 import numpy as np
 
-from vllm_dualpath.bench.mover.put_memory import InitiatorMemory, TargetMemory, permutation
+from vllm_dualpath.bench.mover.side_puts_memory import InitiatorMemory, TargetMemory, permutation
 from vllm_dualpath.errors import TransportError
 
 _PUT_S = 20.0
+_WHEELS = ("nixl_cu12", "nixl_cu13")
+
+
+def find_nixl() -> str:
+    """The wheel that holds NIXL. Its ``nixl`` package only picks one, and imports torch for that.
+
+    NIXL is no dependency: it is imported only here. Raises ``ModuleNotFoundError``.
+    """
+    for name in _WHEELS:
+        if importlib.util.find_spec(name) is not None:
+            return name
+    raise ModuleNotFoundError(f"none of {', '.join(_WHEELS)} is installed")
 
 
 def make_agent(name: str, progress_thread: bool) -> Any:
-    """An agent with the UCX backend. NIXL is no dependency: imported only here."""
-    api = importlib.import_module("nixl._api")
+    """An agent with the UCX backend."""
+    api = importlib.import_module(f"{find_nixl()}._api")
     return api.nixl_agent(name, api.nixl_agent_config(enable_prog_thread=progress_thread))
 
 
@@ -57,7 +70,8 @@ class Initiator(InitiatorMemory):
         del same_host  # UCX_TLS decides
         self._remote_name = self._agent.add_remote_agent(hello["metadata"])
         self._remote_address = hello["address"]
-        return f"nixl {importlib.metadata.version('nixl')}"
+        wheel = find_nixl()
+        return f"{wheel} {importlib.metadata.version(wheel)}"
 
     def prepare(self, piece_bytes: int, seed: int) -> None:
         order = permutation(self.memory.num_bytes, piece_bytes, seed)
