@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -109,3 +109,36 @@ class RawPutLoop:
     def put(
         self, pieces: npt.NDArray[np.uint64], progress_every: int, timeout_s: float
     ) -> float: ...
+
+class PageMap:
+    def __init__(
+        self,
+        layers: Sequence[tuple[int, int, int, int, int, int]],
+        num_blocks: int,
+        address: int,
+        slot_bytes: int,
+        num_slots: int,
+        pages_per_block: int,
+    ) -> None: ...
+
+class PageRows:
+    def __init__(
+        self, map: PageMap, copies: Iterable[tuple[int, Sequence[int], Sequence[int]]]
+    ) -> None: ...
+    def __len__(self) -> int: ...
+
+class CopyQueue:
+    def __init__(self) -> None: ...
+    def submit(
+        self,
+        rows: PageRows,
+        load: bool,
+        first_layer: int,
+        end_layer: int,
+        background: bool = False,
+    ) -> int: ...
+    def done(self, ticket: int) -> bool: ...
+    def wait(self, ticket: int, timeout_s: float) -> bool: ...
+    def close(self, timeout_s: float) -> bool: ...
+
+def copy_implementation() -> str: ...

@@ -31,6 +31,9 @@ except ImportError as exc:
 PeerMemory = _native.PeerMemory
 TcpEngine = _native.TcpEngine
 TcpError = _native.TcpError
+CopyQueue = _native.CopyQueue
+PageMap = _native.PageMap
+PageRows = _native.PageRows
 UcxEngine = _native.UcxEngine
 UcxError = _native.UcxError
 PeerClosedError = _native.PeerClosedError
@@ -38,6 +41,9 @@ RawPutLoop = _native.RawPutLoop
 RawPutTarget = _native.RawPutTarget
 
 __all__ = [
+    "CopyQueue",
+    "PageMap",
+    "PageRows",
     "PeerClosedError",
     "PeerMemory",
     "RawPutLoop",
@@ -52,6 +58,7 @@ __all__ = [
     "atomic_load_u64",
     "atomic_store_u64",
     "buffer_address",
+    "copy_implementation",
     "crc32c",
     "crc32c_implementation",
     "crc32c_many",
@@ -112,6 +119,10 @@ def crc32c_implementation() -> str:
 def stream_copy_implementation() -> str:
     """How bytes are stored into a peer's memory here: ``avx512``, ``avx2`` or ``memcpy``."""
     return _native.stream_copy_implementation()
+
+def copy_implementation() -> str:
+    """Which instructions copies of pages run on here: ``avx512``, ``avx`` or ``memcpy``."""
+    return _native.copy_implementation()
 
 
 def atomic_load_u64(address: int) -> int:

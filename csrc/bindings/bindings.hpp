@@ -10,6 +10,7 @@ namespace dualpath {
 // (kind, id, ok, text) tuples: the bytes of a notice need not be UTF-8.
 pybind11::list to_tuples(const std::vector<TransportEvent>& events);
 
+void bind_copy(pybind11::module_& module);
 void bind_memory(pybind11::module_& module);
 void bind_raw_puts(pybind11::module_& module);
 void bind_tcp(pybind11::module_& module);
