@@ -123,7 +123,7 @@ class PageMap:
 
 class PageRows:
     def __init__(
-        self, map: PageMap, copies: Iterable[tuple[int, Sequence[int], Sequence[int]]]
+        self, page_map: PageMap, copies: Iterable[tuple[int, Sequence[int], Sequence[int]]]
     ) -> None: ...
     def __len__(self) -> int: ...
 

@@ -111,7 +111,7 @@ void bind_copy(py::module_& module) {
         .def(py::init(&make_map), py::arg("layers"), py::arg("num_blocks"), py::arg("address"),
              py::arg("slot_bytes"), py::arg("num_slots"), py::arg("pages_per_block"));
     py::class_<PageRows, std::shared_ptr<PageRows>>(module, "PageRows")
-        .def(py::init(&make_rows), py::arg("map"), py::arg("copies"))
+        .def(py::init(&make_rows), py::arg("page_map"), py::arg("copies"))
         .def("__len__", [](const PageRows& rows) { return rows.rows().size(); });
     py::class_<CopyQueue>(module, "CopyQueue")
         .def(py::init([] { return std::make_unique<CopyQueue>(std::make_unique<HostDevice>()); }))

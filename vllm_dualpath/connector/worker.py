@@ -1,31 +1,31 @@
 """The worker side: carries out each step's copies between vLLM's cache and the staging memory.
 
-Called by vLLM's forward thread; long copies and waits are left to the copy thread, messages to the
-link's. Knows pages and slots, not tokens: what to copy was decided by the scheduler side.
+Called by vLLM's forward thread, which it keeps only where right answers need it: copies run beside
+the forward pass, what follows them on the copy thread, messages in the link's. Knows pages and
+slots, not tokens: what to copy was decided by the scheduler side.
+
+What orders copies and the forward pass:
+
+* a layer's attention waits for the loads of that layer (``wait_for_layer``);
+* saves read pages that stay as they are while a request holds them, and vLLM holds the pages of a
+  finished one until we report it (``delayed_frees``); pages can change hands without that only
+  between two steps, so each step begins behind every copy of the last one (``fence``);
+* a slot is given back, a page reported as saved, a mapping let go only when its copy is done.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 
 import torch
 from vllm.logger import init_logger
 
 from vllm_dualpath import metrics
-from vllm_dualpath.connector.copies import (
-    Copy,
-    CopyEngine,
-    CopyThread,
-    HostCopies,
-    Mark,
-    copy_engine,
-)
+from vllm_dualpath.connector.copies import CopyEngine, CopyThread, Mark, Rows, copy_engine
 from vllm_dualpath.connector.loads import NO_KEY, AsyncLoads
 from vllm_dualpath.connector.metadata import BlockSave, Claim, DualPathMetadata, PageCopy
-from vllm_dualpath.connector.paging import PagedCaches, Rows, make_rows
+from vllm_dualpath.connector.paging import PagedCaches
 from vllm_dualpath.connector.setup import EngineSetup
 from vllm_dualpath.connector.staging import Staging
 from vllm_dualpath.connector.stats import DualPathStats, Recorder
@@ -62,6 +62,7 @@ class WorkerSide:
         self._layer_of: dict[str, int] = {}
         self._step = DualPathMetadata()
         self._load_marks: dict[int, list[Mark]] = {}
+        self._layer_waits: list[float] = []
         self._saves: list[_Batch] | None = None
         self._saved_layers: set[int] = set()
         self._fence: Mark = None
@@ -81,12 +82,14 @@ class WorkerSide:
         names = setup.identity.layer_names
         geometry = setup.identity.geometry
         caches = PagedCaches(
-            [kv_caches[name] for name in names], setup.num_cache_blocks, geometry.layer_page_bytes
+            [kv_caches[name] for name in names],
+            setup.num_cache_blocks,
+            geometry.layer_page_bytes,
+            geometry.layout,
         )
         if caches.pages_split > 1:
             geometry = replace(geometry, layout=f"{geometry.layout}/{caches.pages_split}")
         self._geometry = geometry
-        self._device = caches.device
         self._layer_of = {name: layer for layer, name in enumerate(names)}
         self._engine: CopyEngine = copy_engine(caches.device)
         self._thread = CopyThread()
@@ -103,7 +106,6 @@ class WorkerSide:
             self._engine,
             self._thread,
             geometry,
-            caches.device,
             self.recorder,
             setup.config.deadlines.stage_s,
         )
@@ -119,8 +121,11 @@ class WorkerSide:
         """Finish copies under way, disconnect, let the mover end."""
         if self._started:
             self._started = False
-            self._thread.close()
-            self._mover.close()
+            try:
+                self._thread.close()
+                self._mover.close()
+            finally:
+                self._engine.close()
 
     # --- one step --------------------------------------------------------------------------------
 
@@ -150,8 +155,9 @@ class WorkerSide:
 
     def wait_for_layer(self, layer_name: str) -> None:
         """Order what the forward pass does next behind the copies of this layer."""
-        for mark in self._load_marks.get(self._layer_of.get(layer_name, -1), ()):
-            self._engine.hold_forward(mark)
+        if self._load_marks:
+            marks = self._load_marks.get(self._layer_of.get(layer_name, -1), ())
+            self._layer_waits.extend([self._engine.hold_forward(mark) for mark in marks])
 
     def save_layer(self, layer_name: str) -> None:
         """Copy out this layer's new pages, and say so once they are there."""
@@ -165,23 +171,30 @@ class WorkerSide:
             self._save_layer(batch, layer)
 
     def finish_saves(self) -> None:
-        """End the step: copy layers whose hook did not fire, and fence the copies.
+        """End the step: copy layers whose hook did not fire.
 
-        The fence makes later kernels wait for all copies, so pages may be reused from here on.
+        Copies go on; before anything changes their pages, vLLM calls ``fence``.
         """
         if self._step.saves:
             for name in self._layer_of:
                 self.save_layer(name)
         for batch in self._saves or ():
-            self._when(batch.last_mark, batch.staging.release)
+            self._release_after(batch)
         self._saves = None
         self._step.saves = []
-        self.fence()
+        if self._layer_waits:
+            self.recorder.observe(metrics.LAYER_WAIT_SECONDS, self._layer_waits)
+            self._layer_waits = []
 
     def fence(self) -> None:
-        """Let the forward pass wait for every copy of earlier calls."""
-        mark, self._fence = self._fence, None
-        self._engine.hold_forward(mark)
+        """Let the forward pass wait for every copy of earlier steps.
+
+        vLLM calls this before it touches the cache in a step: here preempted requests' pages, and
+        those of requests that ended with nothing more to copy, get another owner.
+        """
+        if self._fence is not None:
+            mark, self._fence = self._fence, None
+            self.recorder.observe(metrics.FENCE_WAIT_SECONDS, [self._engine.hold_forward(mark)])
 
     def fail_step(self) -> None:
         """Something went wrong where nothing should: report this step's loads as failed."""
@@ -230,26 +243,27 @@ class WorkerSide:
             if staging is None:
                 on_gone(group)
             else:
-                batches.append(
-                    _Batch(staging, group, make_rows(group, self._geometry, self._device))
-                )
+                batches.append(_Batch(staging, group, self._rows(staging, group)))
         return batches
 
+    def _rows(self, staging: Staging, copies: list[PageCopy]) -> Rows:
+        """The pages of ``copies``; lets go of ``staging`` if they make no sense."""
+        try:
+            return staging.rows(copies)
+        except BaseException:
+            staging.release()
+            raise
+
     def _load_layers(self, batch: _Batch) -> None:
-        waits = []
         try:
             for layer in range(self._geometry.num_layers):
-                started = time.perf_counter()
-                mark = self._submit(partial(batch.staging.load, layer, batch.rows))
-                self._load_marks.setdefault(layer, []).append(mark)
-                batch.last_mark = mark
-                waits.append(time.perf_counter() - started)
+                batch.last_mark = self._submit(batch.rows, range(layer, layer + 1), load=True)
+                self._load_marks.setdefault(layer, []).append(batch.last_mark)
         finally:
-            self._when(batch.last_mark, batch.staging.release)
-        self.recorder.observe(metrics.LAYER_WAIT_SECONDS, waits)
+            self._release_after(batch)
 
     def _save_layer(self, batch: _Batch, layer: int) -> None:
-        mark = batch.last_mark = self._submit(lambda: batch.staging.save(layer, batch.rows))
+        mark = batch.last_mark = self._submit(batch.rows, range(layer, layer + 1), load=False)
         self._when(mark, lambda: self._report_saved(batch.copies, layer))
 
     def _report_saved(self, copies: list[PageCopy], layer: int) -> None:
@@ -263,38 +277,39 @@ class WorkerSide:
             self.recorder.count(metrics.BLOCKS_NOT_STORED)
             self._mover.connection.send(block.boot_id, ReturnPersistSlots((block.slot,)))
             return
-        rows = make_rows(
-            [PageCopy("", Claim(NO_KEY, block.boot_id), 0, block.block_ids, (block.slot,))],
-            self._geometry,
-            self._device,
-        )
+        claim = Claim(NO_KEY, block.boot_id)
+        rows = self._rows(staging, [PageCopy("", claim, 0, block.block_ids, (block.slot,))])
+        batch = _Batch(staging, [], rows)
+        batch.last_mark = self._submit(rows, range(self._geometry.num_layers), load=False)
+        message = Persist(block.slot, block.hash, block.parent)
+        self._release_after(batch)
+        self._when(batch.last_mark, lambda: self._mover.connection.send(block.boot_id, message))
 
-        def copy_block() -> None:
-            for layer in range(self._geometry.num_layers):
-                staging.save(layer, rows)
-
-        def stored() -> None:
-            staging.release()
-            message = Persist(block.slot, block.hash, block.parent)
-            self._mover.connection.send(block.boot_id, message)
-
-        self._when(self._submit(copy_block), stored)
-
-    def _submit(self, copy: Copy) -> Mark:
-        self._fence = mark = self._engine.submit(copy)
+    def _submit(self, rows: Rows, layers: range, *, load: bool) -> Mark:
+        self._fence = mark = self._engine.submit(rows, layers, load=load)
         return mark
 
     def _when(self, mark: Mark, then: Callable[[], object]) -> None:
-        """Call ``then`` once ``mark`` is reached, and after all earlier ``then``s."""
-        if isinstance(self._engine, HostCopies):
+        """Call ``then`` once ``mark`` is reached, after all earlier ``then``s; never if its copy
+        failed.
+        """
+
+        def wait_then() -> None:
+            self._engine.wait(mark)
             then()
-        else:
 
-            def wait_then() -> None:
-                self._engine.wait(mark)
-                then()
+        self._thread.put(wait_then)
 
-            self._thread.put(wait_then)
+    def _release_after(self, batch: _Batch) -> None:
+        """Let go of a batch's staging memory once its copies have ended, well or not."""
+
+        def wait_release() -> None:
+            try:
+                self._engine.wait(batch.last_mark)
+            finally:
+                batch.staging.release()
+
+        self._thread.put(wait_release)
 
     def _finish(self, request_id: str) -> None:
         claim = self._owed.pop(request_id, None)
