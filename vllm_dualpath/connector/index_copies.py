@@ -27,7 +27,7 @@ _WORDS = ((torch.int64, 8), (torch.uint8, 1))
 
 @dataclass(frozen=True, slots=True)
 class _Views:
-    """``[blocks, runs, words]`` of each layer's cache, ``[slots, pages, runs, words]`` of staging."""
+    """Of each layer: ``[blocks, runs, words]`` and, of staging, ``[slots, pages, runs, words]``."""
 
     host: torch.Tensor
     caches: tuple[torch.Tensor, ...]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from vllm.logger import init_logger
@@ -140,8 +141,8 @@ class WorkerSide:
         self._invalid |= step.failed_blocks
         for copy in (*step.sync_loads, *step.saves):
             self._owed[copy.request_id] = copy.claim
-        for block in step.persists:
-            self._persist(block)
+        if step.persists:
+            self._persist(step.persists)
 
     def start_loads(self) -> None:
         """Start this step's loads; those that this step's forward pass reads come layer by
@@ -271,19 +272,27 @@ class WorkerSide:
             message = Saved(copy.claim.key, layer, copy.first_page, copy.last_page)
             self._mover.connection.send(copy.claim.boot_id, message)
 
-    def _persist(self, block: BlockSave) -> None:
-        staging = self._mover.acquire(block.boot_id)
-        if staging is None:
-            self.recorder.count(metrics.BLOCKS_NOT_STORED)
-            self._mover.connection.send(block.boot_id, ReturnPersistSlots((block.slot,)))
-            return
-        claim = Claim(NO_KEY, block.boot_id)
-        rows = self._rows(staging, [PageCopy("", claim, 0, block.block_ids, (block.slot,))])
-        batch = _Batch(staging, [], rows)
-        batch.last_mark = self._submit(rows, range(self._geometry.num_layers), load=False)
-        message = Persist(block.slot, block.hash, block.parent)
-        self._release_after(batch)
-        self._when(batch.last_mark, lambda: self._mover.connection.send(block.boot_id, message))
+    def _persist(self, blocks: list[BlockSave]) -> None:
+        """Copy whole blocks to persist slots, all in one copy, and have them stored."""
+        claims = {block.boot_id: Claim(NO_KEY, block.boot_id) for block in blocks}
+        copies = [PageCopy("", claims[b.boot_id], 0, b.block_ids, (b.slot,)) for b in blocks]
+
+        def gone(copies: list[PageCopy]) -> None:
+            self.recorder.count(metrics.BLOCKS_NOT_STORED, len(copies))
+            slots = tuple(copy.slots[0] for copy in copies)
+            self._mover.connection.send(copies[0].claim.boot_id, ReturnPersistSlots(slots))
+
+        def stored(boot_id: bytes) -> None:
+            for block in blocks:
+                if block.boot_id == boot_id:
+                    message = Persist(block.slot, block.hash, block.parent)
+                    self._mover.connection.send(boot_id, message)
+
+        for batch in self._batches(copies, gone):
+            layers = range(self._geometry.num_layers)
+            batch.last_mark = self._submit(batch.rows, layers, load=False)
+            self._release_after(batch)
+            self._when(batch.last_mark, partial(stored, batch.staging.boot_id))
 
     def _submit(self, rows: Rows, layers: range, *, load: bool) -> Mark:
         self._fence = mark = self._engine.submit(rows, layers, load=load)
