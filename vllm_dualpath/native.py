@@ -58,7 +58,6 @@ __all__ = [
     "atomic_load_u64",
     "atomic_store_u64",
     "buffer_address",
-    "copy_implementation",
     "crc32c",
     "crc32c_implementation",
     "crc32c_many",
@@ -119,10 +118,6 @@ def crc32c_implementation() -> str:
 def stream_copy_implementation() -> str:
     """How bytes are stored into a peer's memory here: ``avx512``, ``avx2`` or ``memcpy``."""
     return _native.stream_copy_implementation()
-
-def copy_implementation() -> str:
-    """Which instructions copies of pages run on here: ``avx512``, ``avx`` or ``memcpy``."""
-    return _native.copy_implementation()
 
 
 def atomic_load_u64(address: int) -> int:

@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "bindings/bindings.hpp"
-#include "copy/copy_bytes.hpp"
 #include "copy/copy_queue.hpp"
 
 namespace py = pybind11;
@@ -128,7 +127,6 @@ void bind_copy(py::module_& module) {
             "close",
             [](CopyQueue& queue, double timeout_s) { return queue.close(seconds(timeout_s)); },
             py::arg("timeout_s"), release());
-    module.def("copy_implementation", &copy_implementation);
 }
 
 }  // namespace dualpath

@@ -1,6 +1,6 @@
 #include "copy/copy_device.hpp"
 
-#include "copy/copy_bytes.hpp"
+#include "core/stream_copy.hpp"
 
 namespace dualpath {
 
@@ -14,15 +14,15 @@ void HostDevice::copy(const CopyOrder& order, std::size_t layer, std::size_t fir
         auto* staged = reinterpret_cast<std::byte*>(map.staging_page(pages, row));
         for (std::size_t run = 0; run < pages.num_runs; ++run) {
             if (order.direction == CopyDirection::kLoad) {
-                copy_bytes(cache, staged, pages.run_bytes);
+                stream_copy_unordered(cache, staged, pages.run_bytes);
             } else {
-                copy_bytes(staged, cache, pages.run_bytes);
+                stream_copy_unordered(staged, cache, pages.run_bytes);
             }
             cache += pages.run_stride;
             staged += pages.run_bytes;
         }
     }
-    finish_copies();
+    order_streamed_copies();
 }
 
 }  // namespace dualpath

@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "check.hpp"
-#include "copy/copy_bytes.hpp"
 #include "copy/copy_queue.hpp"
+#include "core/stream_copy.hpp"
 
 using namespace dualpath;
 using std::chrono::seconds;
@@ -125,14 +125,14 @@ void check_round_trip(std::size_t num_runs, std::size_t run_bytes) {
 
 }  // namespace
 
-TEST(copy_bytes_of_every_alignment) {
+TEST(stream_copy_of_every_alignment) {
     std::vector<std::byte> from(42000), to(42000);
     for (std::size_t i = 0; i < from.size(); ++i) from[i] = std::byte(i * 31 + 5);
     for (std::size_t size : {0, 1, 63, 64, 1023, 1024, 1025, 4096, 16384, 16500, 40000}) {
         for (std::size_t skew = 0; skew < 130; skew += 13) {
             std::fill(to.begin(), to.end(), std::byte{0});
-            copy_bytes(to.data() + skew, from.data() + skew / 2, size);
-            finish_copies();
+            stream_copy_unordered(to.data() + skew, from.data() + skew / 2, size);
+            order_streamed_copies();
             CHECK(std::memcmp(to.data() + skew, from.data() + skew / 2, size) == 0);
             for (std::size_t i = 0; i < skew; ++i) CHECK(to[i] == std::byte{0});
             for (std::size_t i = skew + size; i < to.size(); ++i) CHECK(to[i] == std::byte{0});
