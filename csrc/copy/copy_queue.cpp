@@ -75,13 +75,18 @@ CopyQueue::Ticket CopyQueue::submit(CopyOrder order, CopyLane lane) {
 bool CopyQueue::done(Ticket ticket) const {
     const std::lock_guard lock(mutex_);
     if (!error_.empty()) throw std::runtime_error(error_);
-    return reached(ticket);
+    return settled(ticket);
 }
 
 bool CopyQueue::wait(Ticket ticket, std::chrono::nanoseconds timeout) const {
     std::unique_lock lock(mutex_);
-    const bool in_time =
-        progress_.wait_for(lock, timeout, [&] { return !error_.empty() || reached(ticket); });
+    bool in_time = settled(ticket);
+    if (!in_time) {
+        Waiter waiter{ticket, {}};
+        waiters_.push_back(&waiter);
+        in_time = waiter.wake.wait_for(lock, timeout, [&] { return settled(ticket); });
+        std::erase(waiters_, &waiter);
+    }
     if (!error_.empty()) throw std::runtime_error(error_);
     return in_time;
 }
@@ -90,7 +95,7 @@ bool CopyQueue::close(std::chrono::nanoseconds timeout) {
     std::unique_lock lock(mutex_);
     closing_ = true;
     work_.notify_all();
-    if (!progress_.wait_for(lock, timeout, [&] { return ended_; })) return false;
+    if (!end_.wait_for(lock, timeout, [&] { return ended_; })) return false;
     std::thread ending = std::move(thread_);
     lock.unlock();
     if (ending.joinable()) ending.join();
@@ -101,8 +106,8 @@ void CopyQueue::run() {
     leave_compute_cores();
     std::string error = error_of([&] { device_->enter_thread(); });
     std::unique_lock lock(mutex_);
+    error_ = std::move(error);
     while (true) {
-        if (error_.empty()) error_ = std::move(error);
         Lane* lane = nullptr;
         work_.wait(lock, [&] { return (lane = next_lane()) != nullptr || closing_; });
         if (lane == nullptr) break;
@@ -111,14 +116,21 @@ void CopyQueue::run() {
         lock.unlock();
         error = error_of([&] { last = advance(job); });
         lock.lock();
+        if (error_.empty()) error_ = std::move(error);
         if (last) {
             lane->jobs.pop_front();
             ++lane->num_done;
-            progress_.notify_all();
         }
+        wake_waiters();
     }
     ended_ = true;
-    progress_.notify_all();
+    end_.notify_all();
+}
+
+void CopyQueue::wake_waiters() {
+    for (Waiter* waiter : waiters_) {
+        if (settled(waiter->ticket)) waiter->wake.notify_one();
+    }
 }
 
 CopyQueue::Lane* CopyQueue::next_lane() {
@@ -146,9 +158,9 @@ bool CopyQueue::advance(Job& job) {
     return last;
 }
 
-bool CopyQueue::reached(Ticket ticket) const {
+bool CopyQueue::settled(Ticket ticket) const {
     const Lane& lane = lanes_[ticket % lanes_.size()];
-    return lane.num_done >= ticket / lanes_.size();
+    return !error_.empty() || lane.num_done >= ticket / lanes_.size();
 }
 
 }  // namespace dualpath

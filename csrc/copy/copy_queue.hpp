@@ -10,6 +10,7 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "copy/copy_device.hpp"
 
@@ -60,16 +61,25 @@ class CopyQueue {
         std::uint64_t num_done = 0;
     };
 
+    // One thread in wait(), woken once: a step has many copies, and most are waited for as one.
+    struct Waiter {
+        Ticket ticket;
+        std::condition_variable wake;
+    };
+
     void run();
     Lane* next_lane();
+    void wake_waiters();
     // One slice of a job; true when it was the last.
     bool advance(Job& job);
-    bool reached(Ticket ticket) const;
+    // Whether a wait for the ticket is over, well or not.
+    bool settled(Ticket ticket) const;
 
     const std::unique_ptr<CopyDevice> device_;
     mutable std::mutex mutex_;
     std::condition_variable work_;
-    mutable std::condition_variable progress_;
+    std::condition_variable end_;
+    mutable std::vector<Waiter*> waiters_;
     std::array<Lane, 2> lanes_;  // by CopyLane
     std::string error_;          // of the first copy that failed
     bool closing_ = false;
