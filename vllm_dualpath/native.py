@@ -32,6 +32,8 @@ PeerMemory = _native.PeerMemory
 TcpEngine = _native.TcpEngine
 TcpError = _native.TcpError
 CopyQueue = _native.CopyQueue
+CudaCopies = _native.CudaCopies
+CudaMark = _native.CudaMark
 PageMap = _native.PageMap
 PageRows = _native.PageRows
 UcxEngine = _native.UcxEngine
@@ -42,6 +44,8 @@ RawPutTarget = _native.RawPutTarget
 
 __all__ = [
     "CopyQueue",
+    "CudaCopies",
+    "CudaMark",
     "PageMap",
     "PageRows",
     "PeerClosedError",

@@ -11,6 +11,7 @@
 
 #include "bindings/bindings.hpp"
 #include "copy/copy_queue.hpp"
+#include "copy/cuda_copies.hpp"
 
 namespace py = pybind11;
 
@@ -102,6 +103,60 @@ std::uint64_t submit(CopyQueue& queue, std::shared_ptr<PageRows> rows, bool load
     return queue.submit({std::move(rows), direction, first_layer, end_layer, nullptr}, lane);
 }
 
+CudaMethod method_named(const std::string& name) {
+    if (name == "batch") return CudaMethod::kBatch;
+    if (name == "single") return CudaMethod::kSingle;
+    throw std::invalid_argument("method: expected batch or single, found " + name);
+}
+
+CudaStream stream_at(std::uintptr_t handle) { return reinterpret_cast<CudaStream>(handle); }
+
+void bind_cuda(py::module_& module) {
+    using release = py::call_guard<py::gil_scoped_release>;
+    py::class_<CudaMark>(module, "CudaMark");
+    py::class_<CudaCopies>(module, "CudaCopies")
+        .def(py::init([](int device, const std::string& method) {
+                 return std::make_unique<CudaCopies>(CudaDriver::load(), device,
+                                                     method_named(method));
+             }),
+             py::arg("device"), py::arg("method"), release())
+        .def(
+            "submit",
+            [](CudaCopies& copies, std::shared_ptr<PageRows> rows, bool load,
+               std::size_t first_layer, std::size_t end_layer, const CudaMark& after,
+               bool background) {
+                return copies.submit(std::move(rows),
+                                     load ? CopyDirection::kLoad : CopyDirection::kSave,
+                                     first_layer, end_layer,
+                                     background ? CopyLane::kBackground : CopyLane::kUrgent, after);
+            },
+            py::arg("rows"), py::arg("load"), py::arg("first_layer"), py::arg("end_layer"),
+            py::arg("after"), py::arg("background") = false)
+        .def(
+            "now",
+            [](const CudaCopies& copies, std::uintptr_t stream) {
+                return copies.now(stream_at(stream));
+            },
+            py::arg("stream"))
+        .def(
+            "hold",
+            [](const CudaCopies& copies, std::uintptr_t stream, const CudaMark& mark,
+               double timeout_s) {
+                return copies.hold(stream_at(stream), mark, seconds(timeout_s));
+            },
+            py::arg("stream"), py::arg("mark"), py::arg("timeout_s"), release())
+        .def(
+            "wait",
+            [](const CudaCopies& copies, const CudaMark& mark, double timeout_s) {
+                return copies.wait(mark, seconds(timeout_s));
+            },
+            py::arg("mark"), py::arg("timeout_s"), release())
+        .def(
+            "close",
+            [](CudaCopies& copies, double timeout_s) { return copies.close(seconds(timeout_s)); },
+            py::arg("timeout_s"), release());
+}
+
 }  // namespace
 
 void bind_copy(py::module_& module) {
@@ -127,6 +182,7 @@ void bind_copy(py::module_& module) {
             "close",
             [](CopyQueue& queue, double timeout_s) { return queue.close(seconds(timeout_s)); },
             py::arg("timeout_s"), release());
+    bind_cuda(module);
 }
 
 }  // namespace dualpath

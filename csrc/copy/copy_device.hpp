@@ -10,6 +10,10 @@ namespace dualpath {
 
 enum class CopyDirection { kLoad, kSave };  // into the cache, out of the cache
 
+// kUrgent: the forward pass waits for these, or will. kBackground: carried out, in order, when
+// nothing urgent waits; a long one is interrupted after each slice.
+enum class CopyLane { kUrgent, kBackground };
+
 // Orders one copy among a device's other work. Called by the queue's thread only.
 class CopyFences {
   public:
@@ -31,18 +35,21 @@ struct CopyOrder {
 class CopyDevice {
   public:
     virtual ~CopyDevice() = default;
+    // About how much one call of copy() gets: what an urgent copy may have to wait for.
+    virtual std::size_t slice_bytes() const = 0;
     // Once, on the thread that will copy.
     virtual void enter_thread() {}
     // Copies the rows [first_row, end_row) of one layer, or hands them to the device in order.
     // Throws std::runtime_error if it refuses.
-    virtual void copy(const CopyOrder& order, std::size_t layer, std::size_t first_row,
-                      std::size_t end_row) = 0;
+    virtual void copy(const CopyOrder& order, CopyLane lane, std::size_t layer,
+                      std::size_t first_row, std::size_t end_row) = 0;
 };
 
 // Between memories that this process can reach: a copy is done when copy() returns.
 class HostDevice final : public CopyDevice {
   public:
-    void copy(const CopyOrder& order, std::size_t layer, std::size_t first_row,
+    std::size_t slice_bytes() const override;
+    void copy(const CopyOrder& order, CopyLane lane, std::size_t layer, std::size_t first_row,
               std::size_t end_row) override;
 };
 

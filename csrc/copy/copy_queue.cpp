@@ -12,9 +12,6 @@
 namespace dualpath {
 namespace {
 
-// What an urgent copy may have to wait for: a tenth of a millisecond on any current memory bus.
-constexpr std::size_t kSliceBytes = std::size_t{1} << 20;
-
 // The thread that started us may be bound to cores that compute: stay off them if there are others.
 // Not being allowed to costs speed only.
 void leave_compute_cores() {
@@ -114,7 +111,7 @@ void CopyQueue::run() {
         Job& job = lane->jobs.front();  // stays where it is while others are queued behind it
         bool last = true;
         lock.unlock();
-        error = error_of([&] { last = advance(job); });
+        error = error_of([&] { last = advance(job, static_cast<CopyLane>(lane - lanes_.data())); });
         lock.lock();
         if (error_.empty()) error_ = std::move(error);
         if (last) {
@@ -140,14 +137,14 @@ CopyQueue::Lane* CopyQueue::next_lane() {
     return nullptr;
 }
 
-bool CopyQueue::advance(Job& job) {
+bool CopyQueue::advance(Job& job, CopyLane lane) {
     const CopyOrder& order = job.order;
     if (job.layer == order.first_layer && job.row == 0 && order.fences) order.fences->before();
     const std::size_t num_rows = order.rows->rows().size();
     const std::size_t page_bytes = order.rows->map().layers()[job.layer].page_bytes();
-    const std::size_t most = std::max<std::size_t>(1, kSliceBytes / page_bytes);
+    const std::size_t most = std::max<std::size_t>(1, device_->slice_bytes() / page_bytes);
     const std::size_t end = std::min(num_rows, job.row + most);
-    device_->copy(order, job.layer, job.row, end);
+    device_->copy(order, lane, job.layer, job.row, end);
     job.row = end;
     if (end == num_rows) {
         job.row = 0;

@@ -16,13 +16,10 @@
 
 namespace dualpath {
 
-// kUrgent: the forward pass waits for these, or will. kBackground: carried out, in order, when
-// nothing urgent waits; a long one is interrupted after each slice.
+// Carries out urgent copies in the order of their submission, background ones in theirs when
+// nothing urgent waits. A background copy must not touch pages of an urgent one that is submitted
+// after it: those may overtake it. Copies submitted before it are always carried out first.
 //
-// A background copy must not touch pages of an urgent one that is submitted after it: those may
-// overtake it. Copies submitted before it are always carried out first.
-enum class CopyLane { kUrgent, kBackground };
-
 // Any thread may call. The thread sleeps while there is nothing to do.
 class CopyQueue {
   public:
@@ -71,7 +68,7 @@ class CopyQueue {
     Lane* next_lane();
     void wake_waiters();
     // One slice of a job; true when it was the last.
-    bool advance(Job& job);
+    bool advance(Job& job, CopyLane lane);
     // Whether a wait for the ticket is over, well or not.
     bool settled(Ticket ticket) const;
 

@@ -11,6 +11,7 @@ import torch
 
 from tests.connector.layouts import NUM_BLOCKS, PAGES_PER_BLOCK, Caches, Case, cases
 from vllm_dualpath.connector.copies import CopyEngine, HostCopies
+from vllm_dualpath.connector.cuda_copies import WAYS
 from vllm_dualpath.connector.metadata import Claim, PageCopy
 from vllm_dualpath.messages import TransferKey
 
@@ -25,11 +26,17 @@ def copy(blocks: tuple[int, ...]) -> PageCopy:
     return PageCopy("r", claim, FIRST_PAGE, blocks, SLOTS)
 
 
-def host() -> CopyEngine:
-    return HostCopies()
+ENGINES: dict[str, tuple[str, Callable[[torch.device], CopyEngine]]] = {
+    "host": ("cpu", lambda _: HostCopies()),
+    **{name.replace(" ", "-"): ("cuda", make) for name, make in WAYS.items()},
+}
 
 
-ENGINES: dict[str, tuple[str, Callable[[], CopyEngine]]] = {"host": ("cpu", host)}
+def gpu_missing(engine: str) -> str | None:
+    """Why ``engine`` cannot be tried here."""
+    if ENGINES[engine][0] == "cuda" and not torch.cuda.is_available():
+        return f"{engine}: torch finds no GPU here"
+    return None
 
 
 class Rig:
@@ -61,10 +68,12 @@ class Rig:
 @pytest.fixture(params=list(ENGINES))
 def rig(request: pytest.FixtureRequest) -> Iterator[Callable[[Case], Rig]]:
     device, make_engine = ENGINES[request.param]
+    if (reason := gpu_missing(request.param)) is not None:
+        pytest.skip(reason)
     made: list[Rig] = []
 
     def make(case: Case) -> Rig:
-        made.append(Rig(case, device, make_engine()))
+        made.append(Rig(case, device, make_engine(torch.device(device))))
         return made[-1]
 
     yield make

@@ -71,7 +71,9 @@ class GatedDevice final : public CopyDevice {
         std::counting_semaphore<> entered{0};
     };
     explicit GatedDevice(Log& log) : log_(log) {}
-    void copy(const CopyOrder& order, std::size_t layer, std::size_t first, std::size_t) override {
+    std::size_t slice_bytes() const override { return 1 << 20; }
+    void copy(const CopyOrder& order, CopyLane, std::size_t layer, std::size_t first,
+              std::size_t) override {
         log_.entered.release();
         log_.allowed.acquire();
         log_.layers.push_back(100 * order.rows->rows()[first].slot + layer);
@@ -83,7 +85,8 @@ class GatedDevice final : public CopyDevice {
 
 class FailingDevice final : public CopyDevice {
   public:
-    void copy(const CopyOrder&, std::size_t, std::size_t, std::size_t) override {
+    std::size_t slice_bytes() const override { return 1 << 20; }
+    void copy(const CopyOrder&, CopyLane, std::size_t, std::size_t, std::size_t) override {
         throw std::runtime_error("the device is gone");
     }
 };

@@ -169,9 +169,9 @@ def copy_engine(device: torch.device) -> CopyEngine:
     if device.type == "cpu":
         return HostCopies()
     if device.type == "cuda":
-        from vllm_dualpath.connector.index_copies import IndexCopies
+        from vllm_dualpath.connector.cuda_copies import choose_engine
 
-        return IndexCopies(device)
+        return choose_engine(device)
     raise ConfigError(f"KV caches: expected them on cpu or cuda, found {device}")
 
 

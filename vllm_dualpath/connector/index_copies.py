@@ -79,8 +79,10 @@ class IndexCopies:
 
     def rows(self, mapping: _Views, copies: Sequence[PageCopy]) -> _Rows:
         size = mapping.pages_per_block
+        num_blocks, num_slots = mapping.caches[0].shape[0], mapping.staging[0].shape[0]
         blocks, slots, pages = [], [], []
         for copy in copies:
+            _check(copy, size, num_blocks, num_slots)
             numbers = np.arange(copy.first_page, copy.last_page)
             blocks.append(np.asarray(copy.block_ids, np.int64))
             slots.append(
@@ -127,6 +129,21 @@ class IndexCopies:
     def _index(self, values: list[np.ndarray[Any, np.dtype[np.int64]]]) -> torch.Tensor:
         joined = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *values]))
         return joined.pin_memory().to(self._device, non_blocking=True)
+
+
+def _check(copy: PageCopy, pages_per_block: int, num_blocks: int, num_slots: int) -> None:
+    """A kernel that indexes memory that is not there ends the whole process."""
+    if max(copy.block_ids, default=0) >= num_blocks or max(copy.slots, default=0) >= num_slots:
+        raise ValueError(
+            f"blocks {copy.block_ids} and slots {copy.slots}: expected less than {num_blocks} and"
+            f" {num_slots}"
+        )
+    room = len(copy.slots) * pages_per_block - copy.first_page % pages_per_block
+    if len(copy.block_ids) > room:
+        raise ValueError(
+            f"{len(copy.block_ids)} pages from page {copy.first_page} on do not fit into"
+            f" {len(copy.slots)} slots"
+        )
 
 
 def register_memory(memory: torch.Tensor) -> None:
