@@ -157,6 +157,19 @@ void bind_cuda(py::module_& module) {
             py::arg("timeout_s"), release());
 }
 
+// The tickets of all layers, in order.
+py::list submit_layers(CopyQueue& queue, std::shared_ptr<PageRows> rows, bool load) {
+    const std::size_t num_layers = rows->map().layers().size();
+    const auto direction = load ? CopyDirection::kLoad : CopyDirection::kSave;
+    const auto first = queue.submit_layers({std::move(rows), direction, 0, num_layers, nullptr},
+                                           CopyLane::kUrgent);
+    py::list tickets(num_layers);
+    for (std::size_t i = 0; i < num_layers; ++i) {
+        tickets[i] = py::int_(first + i * CopyQueue::kTicketStep);
+    }
+    return tickets;
+}
+
 }  // namespace
 
 void bind_copy(py::module_& module) {
@@ -166,11 +179,14 @@ void bind_copy(py::module_& module) {
              py::arg("slot_bytes"), py::arg("num_slots"), py::arg("pages_per_block"));
     py::class_<PageRows, std::shared_ptr<PageRows>>(module, "PageRows")
         .def(py::init(&make_rows), py::arg("page_map"), py::arg("copies"))
+        .def_property_readonly("num_layers",
+                               [](const PageRows& rows) { return rows.map().layers().size(); })
         .def("__len__", [](const PageRows& rows) { return rows.rows().size(); });
     py::class_<CopyQueue>(module, "CopyQueue")
         .def(py::init([] { return std::make_unique<CopyQueue>(std::make_unique<HostDevice>()); }))
         .def("submit", &submit, py::arg("rows"), py::arg("load"), py::arg("first_layer"),
              py::arg("end_layer"), py::arg("background") = false)
+        .def("submit_layers", &submit_layers, py::arg("rows"), py::arg("load"))
         .def("done", &CopyQueue::done, py::arg("ticket"))
         .def(
             "wait",

@@ -49,6 +49,32 @@ CopyQueue::~CopyQueue() {
 }
 
 CopyQueue::Ticket CopyQueue::submit(CopyOrder order, CopyLane lane) {
+    check(order);
+    Ticket ticket;
+    {
+        const std::lock_guard lock(mutex_);
+        ticket = push(std::move(order), lane);
+    }
+    work_.notify_one();
+    return ticket;
+}
+
+CopyQueue::Ticket CopyQueue::submit_layers(const CopyOrder& order, CopyLane lane) {
+    check(order);
+    Ticket first = 0;
+    {
+        const std::lock_guard lock(mutex_);
+        for (std::size_t layer = order.first_layer; layer < order.end_layer; ++layer) {
+            const Ticket ticket =
+                push({order.rows, order.direction, layer, layer + 1, order.fences}, lane);
+            if (first == 0) first = ticket;
+        }
+    }
+    work_.notify_one();
+    return first;
+}
+
+void CopyQueue::check(const CopyOrder& order) const {
     if (order.rows == nullptr) throw std::invalid_argument("a copy needs rows");
     const std::size_t num_layers = order.rows->map().layers().size();
     if (order.first_layer >= order.end_layer || order.end_layer > num_layers) {
@@ -56,17 +82,14 @@ CopyQueue::Ticket CopyQueue::submit(CopyOrder order, CopyLane lane) {
                                     std::to_string(order.end_layer) + " of " +
                                     std::to_string(num_layers));
     }
+}
+
+CopyQueue::Ticket CopyQueue::push(CopyOrder order, CopyLane lane) {
+    if (closing_) throw std::runtime_error("the copy queue is closed");
     const auto index = static_cast<std::size_t>(lane);
-    Ticket ticket;
-    {
-        const std::lock_guard lock(mutex_);
-        if (closing_) throw std::runtime_error("the copy queue is closed");
-        const std::size_t first_layer = order.first_layer;
-        lanes_[index].jobs.push_back({std::move(order), first_layer, 0});
-        ticket = ++lanes_[index].num_submitted * lanes_.size() + index;
-    }
-    work_.notify_one();
-    return ticket;
+    const std::size_t first_layer = order.first_layer;
+    lanes_[index].jobs.push_back({std::move(order), first_layer, 0});
+    return ++lanes_[index].num_submitted * lanes_.size() + index;
 }
 
 bool CopyQueue::done(Ticket ticket) const {

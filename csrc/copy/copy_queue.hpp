@@ -35,6 +35,10 @@ class CopyQueue {
     // Costs the same for any number of rows and bytes. Throws std::invalid_argument for layers that
     // the map does not have, std::runtime_error after close().
     Ticket submit(CopyOrder order, CopyLane lane);
+    // Each layer of the order as a copy of its own, in turn: the first one's ticket; the others'
+    // follow, kTicketStep apart.
+    Ticket submit_layers(const CopyOrder& order, CopyLane lane);
+    static constexpr Ticket kTicketStep = 2;
 
     // Whether the copy is carried out; 0 always is. Throws std::runtime_error, with the reason,
     // once any copy has failed.
@@ -64,6 +68,8 @@ class CopyQueue {
         std::condition_variable wake;
     };
 
+    void check(const CopyOrder& order) const;
+    Ticket push(CopyOrder order, CopyLane lane);
     void run();
     Lane* next_lane();
     void wake_waiters();
@@ -77,8 +83,8 @@ class CopyQueue {
     std::condition_variable work_;
     std::condition_variable end_;
     mutable std::vector<Waiter*> waiters_;
-    std::array<Lane, 2> lanes_;  // by CopyLane
-    std::string error_;          // of the first copy that failed
+    std::array<Lane, kTicketStep> lanes_;  // by CopyLane
+    std::string error_;                    // of the first copy that failed
     bool closing_ = false;
     bool ended_ = false;
     std::thread thread_;

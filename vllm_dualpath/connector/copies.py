@@ -62,6 +62,9 @@ class CopyEngine(Protocol):
     def submit(self, rows: Rows, layers: range, *, load: bool) -> Mark:
         """Copy urgently, after everything the forward pass has launched. The forward thread's."""
 
+    def submit_layers(self, rows: Rows, *, load: bool) -> Sequence[Mark]:
+        """``submit`` of each layer in turn: their marks. The forward thread's."""
+
     def submit_background(self, rows: Rows, layers: range, after: Mark, *, load: bool) -> Mark:
         """Copy after ``after``."""
 
@@ -106,6 +109,9 @@ class HostCopies:
 
     def submit(self, rows: Rows, layers: range, *, load: bool) -> Mark:
         return self._queue.submit(rows, load, layers.start, layers.stop)
+
+    def submit_layers(self, rows: Rows, *, load: bool) -> Sequence[Mark]:
+        return self._queue.submit_layers(rows, load)
 
     def submit_background(
         self,

@@ -63,6 +63,11 @@ class DriverCopies:
     def submit(self, rows: PageRows, layers: range, *, load: bool) -> CudaMark:
         return self._copies.submit(rows, load, layers.start, layers.stop, self.now())
 
+    def submit_layers(self, rows: PageRows, *, load: bool) -> list[CudaMark]:
+        after = self.now()
+        layers = range(rows.num_layers)
+        return [self._copies.submit(rows, load, layer, layer + 1, after) for layer in layers]
+
     def submit_background(
         self, rows: PageRows, layers: range, after: CudaMark, *, load: bool
     ) -> CudaMark:

@@ -1,9 +1,10 @@
 """How long the worker's hooks keep vLLM's thread, measured: ``python -m`` this, JSON comes out.
 
 Drives the hooks as vLLM's model runner does, around caches of its own and a real mover, with steps
-that load and save a given number of pages in every layer. There is no forward pass between them: a
-hook that has to wait for copies waits for all of them, which is counted apart from its own work.
-Run by ``vllm-dualpath bench hooks``.
+that load and save a given number of pages in every layer. Each step is run twice: once with a
+forward pass between the hooks that takes as long as the copies do, for what the hooks themselves
+take, and once with none, for how long they wait for copies when nothing hides them. Run by
+``vllm-dualpath bench hooks``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -77,8 +79,11 @@ class HookRig:
             socket_path=mover_socket_path(directory, "hook-timing"),
         )
 
-    def step(self, num_pages: int) -> Times:
-        """One step that loads and saves ``num_pages`` in every layer; how long each hook took."""
+    def step(self, num_pages: int, *, hidden: bool) -> Times:
+        """One step that loads and saves ``num_pages`` in every layer; how long each hook took.
+
+        ``hidden``: copies come to their end between the hooks, as behind a long forward pass.
+        """
         times: Times = {}
         self._num_steps += 1
         orders = DualPathMetadata(scheduler_boot=self._claim.boot_id)
@@ -89,14 +94,25 @@ class HookRig:
         _time(times, "handle_preemptions", worker.fence)
         _time(times, "bind_connector_metadata", lambda: worker.bind(orders))
         _time(times, "start_load_kv", worker.start_loads)
-        for name in self.names:
+        for layer, name in enumerate(self.names):
+            if hidden:
+                for marks in worker.side._load_marks:
+                    worker.side._engine.wait(marks[layer])
             _time(times, "wait_for_layer_load", partial(worker.wait_for_layer, name))
             _time(times, "save_kv_layer", partial(worker.save_layer, name))
         _time(times, "wait_for_save", worker.finish_saves)
         _time(times, "get_transfer_results", lambda: worker.results(finished))
         _time(times, "get_block_ids_with_load_errors", worker.take_invalid_blocks)
         _time(times, "get_kv_connector_stats", worker.take_stats)
+        if hidden:
+            worker.side._engine.wait(worker.side._fence)
         return times
+
+    def settle(self) -> None:
+        """Let all copies and what follows them come to their end."""
+        ended = threading.Event()
+        self.worker.side._thread.put(ended.set)
+        ended.wait()
 
     def close(self) -> None:
         """End the mover."""
@@ -119,13 +135,16 @@ class HookRig:
 
 def measure(rig: HookRig, page_counts: Sequence[int], num_steps: int) -> dict[str, object]:
     """Run all sizes in turn, ``num_steps`` times, after a warm-up."""
-    steps: dict[int, list[Times]] = {count: [] for count in page_counts}
+    hidden: dict[int, list[Times]] = {count: [] for count in page_counts}
+    bare: dict[int, list[Times]] = {count: [] for count in page_counts}
     for round_idx in range(_NUM_WARM_STEPS + num_steps):
         for count in page_counts:
-            times = rig.step(count)
+            steps = rig.step(count, hidden=True), rig.step(count, hidden=False)
+            rig.settle()
             if round_idx >= _NUM_WARM_STEPS:
-                steps[count].append(times)
-    return {str(count): _summary(times) for count, times in steps.items()}
+                hidden[count].append(steps[0])
+                bare[count].append(steps[1])
+    return {str(count): _summary(hidden[count], bare[count]) for count in page_counts}
 
 
 def _time(times: Times, hook: str, call: Callable[[], object]) -> None:
@@ -136,22 +155,23 @@ def _time(times: Times, hook: str, call: Callable[[], object]) -> None:
     times.setdefault(hook, []).append((cpu, time.perf_counter_ns() - wall))
 
 
-def _summary(steps: Sequence[Times]) -> dict[str, object]:
+def _summary(hidden: Sequence[Times], bare: Sequence[Times]) -> dict[str, object]:
     """Medians of each hook's calls, and of what all hooks of a step took for each layer."""
     hooks = {
         hook: {
-            "cpu_us": _median_us([cpu for step in steps for cpu, _ in step[hook]]),
-            "wall_us": _median_us([wall for step in steps for _, wall in step[hook]]),
+            "cpu_us": _median_us([cpu for step in hidden for cpu, _ in step[hook]]),
+            "wall_us": _median_us([wall for step in hidden for _, wall in step[hook]]),
         }
-        for hook in steps[0]
+        for hook in hidden[0]
     }
-    cpu = [sum(c for calls in step.values() for c, _ in calls) / NUM_LAYERS for step in steps]
-    wall = [sum(w for calls in step.values() for _, w in calls) / NUM_LAYERS for step in steps]
+    calls = [[call for hook in step.values() for call in hook] for step in hidden]
+    cpu = [sum(cpu for cpu, _ in step) / NUM_LAYERS for step in calls]
+    waits = [[wall - cpu for hook in step.values() for cpu, wall in hook] for step in bare]
     return {
         "hooks": hooks,
         "cpu_us_a_layer": _median_us(cpu),
         "cpu_us_a_layer_worst": max(cpu) / 1e3,
-        "waited_us_a_layer": _median_us([w - c for w, c in zip(wall, cpu, strict=True)]),
+        "waited_us_a_layer": _median_us([sum(step) / NUM_LAYERS for step in waits]),
     }
 
 

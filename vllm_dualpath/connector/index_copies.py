@@ -94,6 +94,14 @@ class IndexCopies:
     def submit(self, rows: _Rows, layers: range, *, load: bool) -> torch.cuda.Event:
         return self.submit_background(rows, layers, self.now(), load=load)
 
+    def submit_layers(self, rows: _Rows, *, load: bool) -> list[torch.cuda.Event]:
+        after = self.now()
+        layers = range(len(rows.views.caches))
+        return [
+            self.submit_background(rows, range(layer, layer + 1), after, load=load)
+            for layer in layers
+        ]
+
     def submit_background(
         self, rows: _Rows, layers: range, after: torch.cuda.Event, *, load: bool
     ) -> torch.cuda.Event:

@@ -15,7 +15,7 @@ What orders copies and the forward pass:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -62,7 +62,8 @@ class WorkerSide:
         self.recorder = Recorder()
         self._layer_of: dict[str, int] = {}
         self._step = DualPathMetadata()
-        self._load_marks: dict[int, list[Mark]] = {}
+        self._load_marks: list[Sequence[Mark]] = []
+        """Of each batch of this step's loads, by layer."""
         self._layer_waits: list[float] = []
         self._saves: list[_Batch] | None = None
         self._saved_layers: set[int] = set()
@@ -156,9 +157,10 @@ class WorkerSide:
 
     def wait_for_layer(self, layer_name: str) -> None:
         """Order what the forward pass does next behind the copies of this layer."""
-        if self._load_marks:
-            marks = self._load_marks.get(self._layer_of.get(layer_name, -1), ())
-            self._layer_waits.extend([self._engine.hold_forward(mark) for mark in marks])
+        layer = self._layer_of.get(layer_name)
+        if layer is not None:
+            for marks in self._load_marks:
+                self._layer_waits.append(self._engine.hold_forward(marks[layer]))
 
     def save_layer(self, layer_name: str) -> None:
         """Copy out this layer's new pages, and say so once they are there."""
@@ -207,8 +209,7 @@ class WorkerSide:
 
     def results(self, finished_ids: set[str]) -> tuple[set[str], set[str], set[str]]:
         """Requests whose sends, receives ended, and whose receives failed, since the last call."""
-        for request_id in finished_ids:
-            self._finish(request_id)
+        self._finish(finished_ids)
         sent = set()
         while self._sent:
             sent.add(self._sent.pop())
@@ -257,9 +258,9 @@ class WorkerSide:
 
     def _load_layers(self, batch: _Batch) -> None:
         try:
-            for layer in range(self._geometry.num_layers):
-                batch.last_mark = self._submit(batch.rows, range(layer, layer + 1), load=True)
-                self._load_marks.setdefault(layer, []).append(batch.last_mark)
+            marks = self._engine.submit_layers(batch.rows, load=True)
+            self._fence = batch.last_mark = marks[-1]
+            self._load_marks.append(marks)
         finally:
             self._release_after(batch)
 
@@ -320,14 +321,19 @@ class WorkerSide:
 
         self._thread.put(wait_release)
 
-    def _finish(self, request_id: str) -> None:
-        claim = self._owed.pop(request_id, None)
-        if claim is not None:
-            release = Release(claim.key)
-            self._when(None, lambda: self._mover.connection.send_surely(claim.boot_id, release))
-        if request_id in self._delayed:
-            self._delayed.discard(request_id)
-            self._when(None, lambda: self._sent.append(request_id))
+    def _finish(self, request_ids: set[str]) -> None:
+        """Give up claims and report sends once every copy ordered so far has ended."""
+        owed = [self._owed.pop(each) for each in request_ids & self._owed.keys()]
+        delayed = request_ids & self._delayed
+        self._delayed -= delayed
+
+        def end() -> None:
+            for claim in owed:
+                self._mover.connection.send_surely(claim.boot_id, Release(claim.key))
+            self._sent.extend(delayed)
+
+        if owed or delayed:
+            self._when(None, end)
 
     def _fail_sync(self, copies: list[PageCopy]) -> None:
         """A synchronous load whose memory is gone, which the life of a mapping is there to

@@ -32,7 +32,7 @@ class StepTiming:
     cpu_us: float
     """CPU time of vLLM's thread in all hooks of a step, by the number of layers."""
     waited_us: float
-    """What the hooks took longer than that: waits for copies, by the number of layers."""
+    """How long hooks blocked, by the number of layers, where no forward pass hides the copies."""
     hooks: dict[str, dict[str, float]]
     """Of one call of each hook: ``cpu_us`` and ``wall_us``."""
 
