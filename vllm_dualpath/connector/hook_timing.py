@@ -1,10 +1,10 @@
 """How long the worker's hooks keep vLLM's thread, measured: ``python -m`` this, JSON comes out.
 
 Drives the hooks as vLLM's model runner does, around caches of its own and a real mover, with steps
-that load and save a given number of pages in every layer. Each step is run twice: once with a
-forward pass between the hooks that takes as long as the copies do, for what the hooks themselves
-take, and once with none, for how long they wait for copies when nothing hides them. Run by
-``vllm-dualpath bench hooks``.
+that load and save a given number of pages in every layer. Each step is run twice. *Hidden*: every
+copy comes to its end between two hooks, as behind a long forward pass; this is what the hooks
+themselves take. *Bare*: with nothing between the hooks, which wait for copies and share the machine
+with them. Run by ``vllm-dualpath bench hooks``.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from vllm_dualpath.connector.worker import WorkerSide
 from vllm_dualpath.control.runtime_dir import mover_socket_path
 from vllm_dualpath.messages import TransferKey
 
-NUM_LAYERS = 8
-PAGE_BYTES = 4096
+NUM_LAYERS = 32
+PAGE_BYTES = 2048
 PAGES_PER_BLOCK = 4
 PAGES_PER_REQUEST = 256
 """A step of more pages has several requests, as a batch of long prompts would."""
@@ -94,22 +94,23 @@ class HookRig:
         _time(times, "handle_preemptions", worker.fence)
         _time(times, "bind_connector_metadata", lambda: worker.bind(orders))
         _time(times, "start_load_kv", worker.start_loads)
-        for layer, name in enumerate(self.names):
+        for name in self.names:
             if hidden:
-                for marks in worker.side._load_marks:
-                    worker.side._engine.wait(marks[layer])
+                self.settle()
             _time(times, "wait_for_layer_load", partial(worker.wait_for_layer, name))
             _time(times, "save_kv_layer", partial(worker.save_layer, name))
+        if hidden:
+            self.settle()
         _time(times, "wait_for_save", worker.finish_saves)
         _time(times, "get_transfer_results", lambda: worker.results(finished))
         _time(times, "get_block_ids_with_load_errors", worker.take_invalid_blocks)
         _time(times, "get_kv_connector_stats", worker.take_stats)
-        if hidden:
-            worker.side._engine.wait(worker.side._fence)
+        self.settle()
         return times
 
     def settle(self) -> None:
         """Let all copies and what follows them come to their end."""
+        self.worker.side._engine.wait(self.worker.side._fence)
         ended = threading.Event()
         self.worker.side._thread.put(ended.set)
         ended.wait()
@@ -140,7 +141,6 @@ def measure(rig: HookRig, page_counts: Sequence[int], num_steps: int) -> dict[st
     for round_idx in range(_NUM_WARM_STEPS + num_steps):
         for count in page_counts:
             steps = rig.step(count, hidden=True), rig.step(count, hidden=False)
-            rig.settle()
             if round_idx >= _NUM_WARM_STEPS:
                 hidden[count].append(steps[0])
                 bare[count].append(steps[1])
@@ -164,15 +164,20 @@ def _summary(hidden: Sequence[Times], bare: Sequence[Times]) -> dict[str, object
         }
         for hook in hidden[0]
     }
-    calls = [[call for hook in step.values() for call in hook] for step in hidden]
-    cpu = [sum(cpu for cpu, _ in step) / NUM_LAYERS for step in calls]
-    waits = [[wall - cpu for hook in step.values() for cpu, wall in hook] for step in bare]
+    cpu = [_a_layer(step, lambda cpu, _: cpu) for step in hidden]
     return {
         "hooks": hooks,
         "cpu_us_a_layer": _median_us(cpu),
-        "cpu_us_a_layer_worst": max(cpu) / 1e3,
-        "waited_us_a_layer": _median_us([sum(step) / NUM_LAYERS for step in waits]),
+        "bare_cpu_us_a_layer": _median_us([_a_layer(step, lambda cpu, _: cpu) for step in bare]),
+        "waited_us_a_layer": _median_us(
+            [_a_layer(step, lambda c, wall: wall - c) for step in bare]
+        ),
     }
+
+
+def _a_layer(step: Times, part: Callable[[int, int], int]) -> float:
+    """A layer's share of one step, in nanoseconds."""
+    return sum(part(cpu, wall) for calls in step.values() for cpu, wall in calls) / NUM_LAYERS
 
 
 def _median_us(nanoseconds: Sequence[float]) -> float:

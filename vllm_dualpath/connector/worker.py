@@ -157,6 +157,8 @@ class WorkerSide:
 
     def wait_for_layer(self, layer_name: str) -> None:
         """Order what the forward pass does next behind the copies of this layer."""
+        if not self._load_marks:
+            return
         layer = self._layer_of.get(layer_name)
         if layer is not None:
             for marks in self._load_marks:
@@ -164,8 +166,10 @@ class WorkerSide:
 
     def save_layer(self, layer_name: str) -> None:
         """Copy out this layer's new pages, and say so once they are there."""
+        if not self._step.saves:
+            return
         layer = self._layer_of.get(layer_name)
-        if layer is None or not self._step.saves or layer in self._saved_layers:
+        if layer is None or layer in self._saved_layers:
             return
         if self._saves is None:
             self._saves = self._batches(self._step.saves, self._drop_saves)

@@ -33,6 +33,8 @@ class StepTiming:
     """CPU time of vLLM's thread in all hooks of a step, by the number of layers."""
     waited_us: float
     """How long hooks blocked, by the number of layers, where no forward pass hides the copies."""
+    bare_cpu_us: float
+    """Their CPU time then: they wait, and share caches and memory bus with the copies."""
     hooks: dict[str, dict[str, float]]
     """Of one call of each hook: ``cpu_us`` and ``wall_us``."""
 
@@ -40,7 +42,11 @@ class StepTiming:
     def parse(cls, num_pages: str, values: dict[str, Any]) -> StepTiming:
         """From what the timing process writes of one size."""
         return cls(
-            int(num_pages), values["cpu_us_a_layer"], values["waited_us_a_layer"], values["hooks"]
+            int(num_pages),
+            values["cpu_us_a_layer"],
+            values["waited_us_a_layer"],
+            values["bare_cpu_us_a_layer"],
+            values["hooks"],
         )
 
 
