@@ -77,12 +77,13 @@ def measure_idle(
             **options,
         )
         try:
-            os.sched_setaffinity(0, cores[:1])  # inherited by the servers
             plain.launch()
             ours.launch()
-            os.sched_setaffinity(0, cores[-1:])
             plain.wait_ready()
             ours.wait_ready()
+            for server in (plain, ours):
+                _bind(server.server.process.pid, cores[:1])
+            os.sched_setaffinity(0, cores[-1:])
             return asyncio.run(
                 _alternate([plain.url, ours.url], num_rounds, load or Load(), advance)
             )
@@ -90,6 +91,12 @@ def measure_idle(
             os.sched_setaffinity(0, cores)
             ours.stop()
             plain.stop()
+
+
+def _bind(pid: int, cores: list[int]) -> None:
+    """Bind every thread of a running server; the mover beside it is another process."""
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        os.sched_setaffinity(int(thread.name), cores)
 
 
 async def _alternate(
