@@ -114,6 +114,12 @@ LAYER_WAIT_SECONDS = Metric(
     "Time the forward pass waited for a layer's copy.",
     buckets=_WAIT_BUCKETS,
 )
+FENCE_WAIT_SECONDS = Metric(
+    "vllm:dualpath_fence_wait_seconds",
+    "histogram",
+    "Time a step waited at its start for copies of the step before.",
+    buckets=_WAIT_BUCKETS,
+)
 
 PUSH_DIRECTIONS = ("to_prefill", "to_decode")
 SLOT_STATES = ("used", "free", "quarantined")
@@ -139,4 +145,5 @@ ENGINE_METRICS = (
     STAGING_SLOTS,
     STAGE_SECONDS,
     LAYER_WAIT_SECONDS,
+    FENCE_WAIT_SECONDS,
 )

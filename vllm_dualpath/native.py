@@ -32,6 +32,11 @@ PeerMemory = _native.PeerMemory
 TcpEngine = _native.TcpEngine
 TcpError = _native.TcpError
 BlockEngine = _native.BlockEngine
+CopyQueue = _native.CopyQueue
+CudaCopies = _native.CudaCopies
+CudaMark = _native.CudaMark
+PageMap = _native.PageMap
+PageRows = _native.PageRows
 UcxEngine = _native.UcxEngine
 UcxError = _native.UcxError
 PeerClosedError = _native.PeerClosedError
@@ -40,6 +45,11 @@ RawPutTarget = _native.RawPutTarget
 
 __all__ = [
     "BlockEngine",
+    "CopyQueue",
+    "CudaCopies",
+    "CudaMark",
+    "PageMap",
+    "PageRows",
     "PeerClosedError",
     "PeerMemory",
     "RawPutLoop",

@@ -11,6 +11,7 @@ namespace dualpath {
 pybind11::list to_tuples(const std::vector<TransportEvent>& events);
 
 void bind_io(pybind11::module_& module);
+void bind_copy(pybind11::module_& module);
 void bind_memory(pybind11::module_& module);
 void bind_raw_puts(pybind11::module_& module);
 void bind_tcp(pybind11::module_& module);

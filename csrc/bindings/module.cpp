@@ -3,6 +3,7 @@
 PYBIND11_MODULE(_native, module) {
     module.doc() = "The compiled core of vllm-dualpath; vllm_dualpath.native is its only importer.";
     dualpath::bind_io(module);
+    dualpath::bind_copy(module);
     dualpath::bind_memory(module);
     dualpath::bind_tcp(module);
     dualpath::bind_ucx(module);

@@ -11,6 +11,11 @@ namespace dualpath {
 // Pure; any thread. Picks the CPU's instructions once, on first use.
 void stream_copy(void* to, const void* from, std::size_t num_bytes);
 
+// The same for many pieces: what they wrote is seen by others only after order_streamed_copies() of
+// the same thread, which takes longer than a small piece.
+void stream_copy_unordered(void* to, const void* from, std::size_t num_bytes);
+void order_streamed_copies();
+
 // "avx512", "avx2" or "memcpy": what stream_copy() runs on here. For diagnosis.
 const char* stream_copy_implementation();
 

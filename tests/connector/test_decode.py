@@ -144,7 +144,7 @@ def test_failed_copy_recomputes(engine, is_async, monkeypatch):
     def broken(*_args):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr("vllm_dualpath.connector.staging.Staging.load", broken)
+    monkeypatch.setattr("vllm_dualpath.connector.staging.Staging.rows", broken)
     e.add("r", PROMPT, 4, params)
     e.run()
     e.check_output("r", 4)

@@ -121,7 +121,7 @@ def test_idle_engine_gets_its_mover_back(engine):
     old = e.worker._worker.side._mover._staging
     replace(e)
     assert e.worker._worker.side._mover._staging is not old
-    assert old._bytes is None
+    assert old._memory.closed
 
 
 def test_late_order_for_a_dead_mover_fails_aloud(engine):

@@ -1,4 +1,4 @@
-"""Byte views over caches of every layout, and copies through them."""
+"""Where pages lie in caches, the life of a mapping, and the thread behind copies."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import torch
 
 from vllm_dualpath.blocks import Geometry
 from vllm_dualpath.connector.copies import CopyThread, HostCopies, copy_engine
-from vllm_dualpath.connector.metadata import Claim, PageCopy
-from vllm_dualpath.connector.paging import PagedCaches, make_rows
+from vllm_dualpath.connector.paging import PagedCaches
 from vllm_dualpath.connector.staging import Staging
 from vllm_dualpath.errors import ConfigError, IncompatiblePeer, TransferTimeout
-from vllm_dualpath.messages import PROTOCOL_VERSION, Attached, TransferKey
+from vllm_dualpath.messages import PROTOCOL_VERSION, Attached
 
 BLOCKS, HEADS, TOKENS, CONTENT = 12, 2, 4, 8
 ORDERS = {
@@ -52,51 +51,17 @@ def staging(paged: PagedCaches, geo: Geometry, num_slots: int = 6, **changes) ->
         os.close(fd)
 
 
-def copy(first_page: int, blocks: tuple[int, ...], slots: tuple[int, ...]) -> PageCopy:
-    return PageCopy("r", Claim(TransferKey(bytes(16), 0), bytes(16)), first_page, blocks, slots)
-
-
-@pytest.mark.parametrize("layout", ["LBHNC", "LBNHC", "BLHNC"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
-def test_save_and_load_move_whole_pages(layout, dtype):
-    """Pages saved from some blocks and loaded into others are equal, and nothing else is
-    touched.
+def test_pages_in_pieces():
+    """Heads apart are pieces at equal distances; a page in one piece is one, in any order of its
+    dimensions.
     """
-    layers = caches(layout, dtype)
-    for layer, cache in enumerate(layers):
-        values = torch.arange(cache.numel()).reshape(cache.shape) % 97 + layer
-        cache.copy_(values.to(dtype))
-    before = [cache.clone() for cache in layers]
-    page_bytes = HEADS * TOKENS * CONTENT * dtype.itemsize
-    paged = PagedCaches(layers, BLOCKS, [page_bytes] * 2)
-    geo = geometry(page_bytes)
-    memory = staging(paged, geo)
-    out = make_rows([copy(1, (5, 2, 9), (4, 0))], geo, torch.device("cpu"))
-    into = make_rows([copy(1, (1, 7, 3), (4, 0))], geo, torch.device("cpu"))
-    assert out.slots.tolist() == [4, 0, 0] and out.pages.tolist() == [1, 0, 1]
-    for layer in range(2):
-        memory.save(layer, out)
-        memory.load(layer, into)
-    for cache, old in zip(layers, before, strict=True):
-        old[[1, 7, 3]] = old[[5, 2, 9]]
-        assert torch.equal(cache, old)
-    memory.retire(1)
-
-
-def test_pages_lie_in_slots_as_the_format_says():
-    """[layer][page][bytes] in each slot, as the store's format and the peers expect."""
-    layers = caches("LBHNC", torch.uint8)
-    layers[1][3] = 7
-    paged = PagedCaches(layers, BLOCKS, [64, 64])
-    geo = geometry(64)
-    memory = staging(paged, geo)
-    memory.save(1, make_rows([copy(1, (3,), (2,))], geo, torch.device("cpu")))
-    raw = memory._bytes.reshape(6, -1)
-    assert torch.equal(
-        raw[2, geo.page_offset(1, 1) :][:64], torch.full((64,), 7, dtype=torch.uint8)
-    )
-    assert int(raw.sum()) == 64 * 7
-    memory.retire(1)
+    heads_apart = PagedCaches(caches("LHBNC", torch.float32), BLOCKS, [256, 256]).layers[1]
+    assert (heads_apart.num_runs, heads_apart.run_bytes) == (HEADS, TOKENS * CONTENT * 4)
+    assert heads_apart.run_stride == BLOCKS * heads_apart.run_bytes
+    assert heads_apart.block_stride == heads_apart.run_bytes
+    for layout in ("LBHNC", "LBNHC", "BLHNC"):
+        whole = PagedCaches(caches(layout, torch.uint8), BLOCKS, [64, 64]).layers[1]
+        assert (whole.num_runs, whole.run_bytes) == (1, 64)
 
 
 def test_kernel_blocks_inside_a_page():
@@ -104,13 +69,16 @@ def test_kernel_blocks_inside_a_page():
     cache = torch.arange(2 * BLOCKS * HEADS * 2 * CONTENT).reshape(2 * BLOCKS, HEADS, 2, CONTENT)
     paged = PagedCaches([cache], BLOCKS, [HEADS * 4 * CONTENT * 8])
     assert paged.pages_split == 2
-    assert torch.equal(paged.layers[0][3], cache[6:8].flatten())
+    assert (paged.layers[0].num_runs, paged.layers[0].block_stride) == (1, HEADS * 4 * CONTENT * 8)
 
 
 def test_scattered_pages_are_refused():
-    """A layout that tears pages apart is an error at start that says what to set."""
-    with pytest.raises(ConfigError, match="VLLM_KV_CACHE_LAYOUT"):
-        PagedCaches(caches("LHBNC", torch.uint8), BLOCKS, [64, 64])
+    """A layout that tears pages apart at unequal distances is an error at start that says what to
+    set.
+    """
+    torn = torch.zeros(2, HEADS, BLOCKS, TOKENS, 2, CONTENT, dtype=torch.uint8)[..., 0, :]
+    with pytest.raises(ConfigError, match=r"layout TORN: expected a page in one piece.*VLLM_KV"):
+        PagedCaches(list(torn.permute(0, 2, 1, 3, 4)), BLOCKS, [64, 64], "TORN")
     with pytest.raises(ConfigError, match="expected 12 pages of 65 bytes"):
         PagedCaches(caches("LBHNC", torch.uint8), BLOCKS, [65, 64])
 
@@ -125,7 +93,7 @@ def test_mapping_outlives_its_users():
     assert not memory.acquire()
     threading.Timer(0.1, memory.release).start()
     memory.retire(5)
-    assert memory._bytes is None
+    assert memory._memory.closed
     memory.retire(5)
 
 

@@ -272,11 +272,10 @@ def test_cache_salt_is_part_of_the_root(engine):
 
 
 def test_blocks_held_until_copies_end(engine, is_async):
-    """Where copies linger (a GPU), vLLM holds a finished request's blocks until the worker reports
+    """Copies outlast their step: vLLM holds a finished request's blocks until the worker reports
     it.
     """
     e = engine("prefill", is_async=is_async)
-    e.side.copies_linger = True
     params = publish(e, 1)
     request = e.add("r", PROMPT, 1, params)
     step = e.schedule()

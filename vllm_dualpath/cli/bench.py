@@ -9,7 +9,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 
+from vllm_dualpath.bench.hooks.idle import measure_idle
+from vllm_dualpath.bench.hooks.report import hook_table, idle_line, to_json
+from vllm_dualpath.bench.hooks.timing import time_hooks
 from vllm_dualpath.bench.mover.plan import full_plan, short_plan
 from vllm_dualpath.bench.mover.record import make_record
 from vllm_dualpath.bench.mover.report import measure_with_progress, result_table
@@ -80,6 +84,33 @@ def mover(
     if json_path is not None:
         json_path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     Console().print(result_table(record))
+
+
+@app.command()
+def hooks(
+    short: Annotated[bool, typer.Option("--short", help="Fewer steps and rounds.")] = False,
+    idle: Annotated[
+        bool, typer.Option(help="Also compare two servers that load and store nothing.")
+    ] = True,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write all measurements here.")
+    ] = None,
+) -> None:
+    """Measure what the connector's hooks take of vLLM's thread."""
+    timings = time_hooks(20 if short else 100)
+    overhead = None
+    if idle:
+        num_rounds = 15 if short else 80
+        with Progress(console=Console(stderr=True)) as progress:
+            task = progress.add_task("idle servers", total=num_rounds)
+            overhead = measure_idle(num_rounds, lambda: progress.advance(task))
+    if json_path is not None:
+        report = json.dumps(to_json(timings, overhead), indent=1)
+        json_path.write_text(report + "\n", encoding="utf-8")
+    console = Console()
+    console.print(hook_table(timings))
+    if overhead is not None:
+        console.print(idle_line(overhead))
 
 
 def _report_failures(result: ReplayResult) -> int:

@@ -1,142 +1,173 @@
 """Carries out copies between staging memory and the paged caches, and says when they are done.
 
-On a CPU a copy is immediate. On a GPU it runs on a stream of our own, ordered by events after the
-kernels that wrote what it reads, and before those that read what it writes or reuse what it reads.
+A copy is asynchronous: submitting one costs the same whatever it moves, and returns a *mark*, a
+point in the order of copies. Who reads what a copy writes, or changes what it reads, waits for its
+mark first. This module has the contract, the engine for caches in host memory, and the thread on
+which Python goes on when a mark is reached.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import queue
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
 from vllm.logger import init_logger
 
+from vllm_dualpath.blocks import Geometry
+from vllm_dualpath.connector.metadata import PageCopy
+from vllm_dualpath.connector.paging import PagedCaches
 from vllm_dualpath.errors import ConfigError, TransferTimeout
+from vllm_dualpath.native import CopyQueue, PageMap, PageRows, buffer_address
 
 logger = init_logger("vllm.dualpath.copies")
 
 _JOIN_S = 10.0
-_HOST_REGISTER_PORTABLE = 1
+_WARN_S = 30.0
+"""A copy moves memory only: one that takes longer means that something is badly wrong."""
 
-Copy = Callable[[], None]
-Mark = torch.cuda.Event | None
-"""A point in the order of copies; ``None`` has been reached."""
+Mark = Any
+"""A point in the order of copies, made and understood by one engine. ``None`` has been reached."""
+
+Mapping = Any
+"""An engine's own description of caches and a staging memory, and of the pages of a step."""
+Rows = Any
 
 
 class CopyEngine(Protocol):
-    """Runs copies. Called from the forward thread, but for ``run_and_wait``."""
+    """Moves pages. Any thread may call, but for what says that it is the forward thread's.
 
-    def submit(self, copy: Copy) -> Mark:
-        """Run ``copy`` after everything the forward pass has launched so far."""
+    Urgent copies run in the order of their submission. Background copies run in theirs, behind
+    every urgent one submitted before, and are overtaken by urgent ones submitted after: they must
+    not touch the same pages.
+    """
 
-    def hold_forward(self, mark: Mark) -> None:
-        """Let what the forward pass launches from now on wait for ``mark``."""
+    def map(
+        self, caches: PagedCaches, memory: mmap.mmap, num_slots: int, geometry: Geometry
+    ) -> Mapping:
+        """Make ``memory``, of ``num_slots`` slots, ready to be copied to and from."""
+
+    def unmap(self, mapping: Mapping) -> None:
+        """End ``map``; no copy may be under way."""
+
+    def rows(self, mapping: Mapping, copies: Sequence[PageCopy]) -> Rows:
+        """The pages of ``copies``, for all layers. Raises ``ValueError`` for impossible ones."""
+
+    def submit(self, rows: Rows, layers: range, *, load: bool) -> Mark:
+        """Copy urgently, after everything the forward pass has launched. The forward thread's."""
+
+    def submit_layers(self, rows: Rows, *, load: bool) -> Sequence[Mark]:
+        """``submit`` of each layer in turn: their marks. The forward thread's."""
+
+    def submit_background(self, rows: Rows, layers: range, after: Mark, *, load: bool) -> Mark:
+        """Copy after ``after``."""
+
+    def hold_forward(self, mark: Mark) -> float:
+        """Let what the forward pass launches from now on come after ``mark``. The forward
+        thread's; returns for how many seconds it was blocked.
+        """
 
     def now(self) -> Mark:
-        """A mark behind everything the forward pass has launched so far."""
-
-    def run_and_wait(self, copy: Copy, after: Mark) -> None:
-        """Run ``copy`` after ``after`` and block until it is done. Not for the forward thread."""
+        """A mark behind everything the forward pass has launched. The forward thread's."""
 
     def wait(self, mark: Mark) -> None:
-        """Block until ``mark`` is reached. Not for the forward thread."""
+        """Block until ``mark`` is reached. Raises ``RuntimeError`` if its copy failed.
 
-    def map_memory(self, memory: torch.Tensor) -> torch.Tensor:
-        """What copies use to reach the host memory ``memory``."""
+        There is no deadline: nothing may touch the memories of a copy that is under way.
+        """
 
-    def unmap_memory(self, memory: torch.Tensor) -> None:
-        """End ``map_memory``; no copy may be under way."""
+    def close(self) -> None:
+        """Carry out what was submitted, then end. Raises ``TransferTimeout``."""
 
 
 class HostCopies:
-    """Copies between host memories: done when ``submit`` returns."""
+    """Copies between host memories, by a native thread that needs no GIL.
 
-    def submit(self, copy: Copy) -> Mark:
-        copy()
-        return None
-
-    def hold_forward(self, mark: Mark) -> None:
-        """Nothing is ever under way."""
-
-    def now(self) -> Mark:
-        return None
-
-    def run_and_wait(self, copy: Copy, after: Mark) -> None:  # noqa: ARG002 # always reached
-        copy()
-
-    def wait(self, mark: Mark) -> None:
-        """Every mark is reached."""
-
-    def map_memory(self, memory: torch.Tensor) -> torch.Tensor:
-        return memory
-
-    def unmap_memory(self, memory: torch.Tensor) -> None:
-        """Nothing was mapped."""
-
-
-class CudaCopies:
-    """Copies by kernels that reach registered host memory over the bus, on one stream of our own.
-
-    One stream for both directions also orders a load into a page behind the save that still reads
-    it.
+    A forward pass on a CPU has done what it launched when a hook is called, so only copies are
+    ever waited for.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    def __init__(self) -> None:
+        self._queue = CopyQueue()
 
-    def submit(self, copy: Copy) -> Mark:
-        return self._launch(copy, self.now())
+    def map(
+        self, caches: PagedCaches, memory: mmap.mmap, num_slots: int, geometry: Geometry
+    ) -> Mapping:
+        return page_map(caches, buffer_address(memory), num_slots, geometry)
 
-    def hold_forward(self, mark: Mark) -> None:
-        if mark is not None:
-            torch.cuda.current_stream(self._device).wait_event(mark)
+    def unmap(self, mapping: Mapping) -> None:
+        """Nothing is held but addresses."""
+
+    def rows(self, mapping: Mapping, copies: Sequence[PageCopy]) -> Rows:
+        return page_rows(mapping, copies)
+
+    def submit(self, rows: Rows, layers: range, *, load: bool) -> Mark:
+        return self._queue.submit(rows, load, layers.start, layers.stop)
+
+    def submit_layers(self, rows: Rows, *, load: bool) -> Sequence[Mark]:
+        return self._queue.submit_layers(rows, load)
+
+    def submit_background(
+        self,
+        rows: Rows,
+        layers: range,
+        after: Mark,  # noqa: ARG002 # always reached
+        *,
+        load: bool,
+    ) -> Mark:
+        return self._queue.submit(rows, load, layers.start, layers.stop, background=True)
+
+    def hold_forward(self, mark: Mark) -> float:
+        if mark is None or self._queue.done(mark):
+            return 0.0
+        started = time.perf_counter()
+        self.wait(mark)
+        return time.perf_counter() - started
 
     def now(self) -> Mark:
-        mark = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        mark.record(torch.cuda.current_stream(self._device))
-        return mark
-
-    def run_and_wait(self, copy: Copy, after: Mark) -> None:
-        self.wait(self._launch(copy, after))
+        return None
 
     def wait(self, mark: Mark) -> None:
-        if mark is not None:
-            mark.synchronize()
+        while mark is not None and not self._queue.wait(mark, _WARN_S):
+            logger.warning("a copy of KV pages is not done after %.0f s; waiting on", _WARN_S)
 
-    def map_memory(self, memory: torch.Tensor) -> torch.Tensor:
-        from vllm.utils.torch_utils import get_accelerator_view_from_cpu_tensor
+    def close(self) -> None:
+        if not self._queue.close(_JOIN_S):
+            raise TransferTimeout(f"copies of KV pages did not end in {_JOIN_S} s")
 
-        self._check(
-            _cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), _HOST_REGISTER_PORTABLE),
-            f"registering {memory.numel()} bytes of staging memory",
+
+def page_map(caches: PagedCaches, address: int, num_slots: int, geometry: Geometry) -> PageMap:
+    """Describe the caches, and the staging memory that starts at ``address``, to the core."""
+    layers = [
+        (
+            layer.address,
+            layer.block_stride,
+            layer.num_runs,
+            layer.run_stride,
+            layer.run_bytes,
+            geometry.page_offset(idx, 0),
         )
-        return get_accelerator_view_from_cpu_tensor(memory)
+        for idx, layer in enumerate(caches.layers)
+    ]
+    return PageMap(
+        layers,
+        caches.num_blocks,
+        address,
+        geometry.slot_bytes,
+        num_slots,
+        geometry.pages_per_block,
+    )
 
-    def unmap_memory(self, memory: torch.Tensor) -> None:
-        self._stream.synchronize()
-        self._check(
-            _cudart().cudaHostUnregister(memory.data_ptr()),
-            "unregistering staging memory",
-        )
 
-    def _launch(self, copy: Copy, after: Mark) -> Mark:
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            if after is not None:
-                self._stream.wait_event(after)
-            copy()
-            mark = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-            mark.record(self._stream)
-        return mark
-
-    def _check(self, error: object, what: str) -> None:
-        if int(error) != 0:  # type: ignore[call-overload] # cudart's enum converts to int
-            raise ConfigError(f"CUDA: {what} failed with error {error}; check the memlock limit")
+def page_rows(mapping: PageMap, copies: Sequence[PageCopy]) -> PageRows:
+    """The pages of ``copies``; no Python runs for each page."""
+    return PageRows(mapping, [(copy.first_page, copy.block_ids, copy.slots) for copy in copies])
 
 
 def copy_engine(device: torch.device) -> CopyEngine:
@@ -144,7 +175,9 @@ def copy_engine(device: torch.device) -> CopyEngine:
     if device.type == "cpu":
         return HostCopies()
     if device.type == "cuda":
-        return CudaCopies(device)
+        from vllm_dualpath.connector.cuda_copies import choose_engine
+
+        return choose_engine(device)
     raise ConfigError(f"KV caches: expected them on cpu or cuda, found {device}")
 
 
@@ -176,8 +209,3 @@ class CopyThread:
                 job()
             except Exception:
                 logger.exception("a copy job failed")
-
-
-def _cudart() -> Any:
-    """The CUDA runtime that torch itself found and loaded."""
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]

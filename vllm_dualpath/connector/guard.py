@@ -143,10 +143,17 @@ class GuardedWorker:
             self._guard.call("fail_step", self.side.fail_step, None)
 
     def wait_for_layer(self, layer_name: str) -> None:
-        self._guard.call("wait_for_layer", lambda: self.side.wait_for_layer(layer_name), None)
+        # Once a layer and step: no detour through ``call``.
+        try:
+            self.side.wait_for_layer(layer_name)
+        except Exception as exc:
+            self._guard.note("wait_for_layer", exc)
 
     def save_layer(self, layer_name: str) -> None:
-        self._guard.call("save_layer", lambda: self.side.save_layer(layer_name), None)
+        try:
+            self.side.save_layer(layer_name)
+        except Exception as exc:
+            self._guard.note("save_layer", exc)
 
     def finish_saves(self) -> None:
         self._guard.call("finish_saves", self.side.finish_saves, None)

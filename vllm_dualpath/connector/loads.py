@@ -11,14 +11,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from vllm.logger import init_logger
 
 from vllm_dualpath import metrics
 from vllm_dualpath.blocks import Geometry
 from vllm_dualpath.connector.copies import CopyEngine, CopyThread, Mark
 from vllm_dualpath.connector.metadata import Claim, DualPathMetadata, PageCopy, StoreLoad
-from vllm_dualpath.connector.paging import make_rows
 from vllm_dualpath.connector.staging import Staging
 from vllm_dualpath.connector.stats import Recorder
 from vllm_dualpath.connector.worker_mover import WorkerMover
@@ -48,7 +46,6 @@ class AsyncLoads:
         engine: CopyEngine,
         thread: CopyThread,
         geometry: Geometry,
-        device: torch.device,
         recorder: Recorder,
         deadline_s: float,
     ) -> None:
@@ -56,7 +53,6 @@ class AsyncLoads:
         self._engine = engine
         self._thread = thread
         self._geometry = geometry
-        self._device = device
         self._recorder = recorder
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
@@ -174,13 +170,9 @@ class AsyncLoads:
 
     def _copy(self, copy: PageCopy, staging: Staging, after: Mark) -> bool:
         try:
-            rows = make_rows([copy], self._geometry, self._device)
-
-            def copy_layers() -> None:
-                for layer in range(self._geometry.num_layers):
-                    staging.load(layer, rows)
-
-            self._engine.run_and_wait(copy_layers, after)
+            layers = range(self._geometry.num_layers)
+            rows = staging.rows([copy])
+            self._engine.wait(self._engine.submit_background(rows, layers, after, load=True))
         except Exception:
             logger.exception("request %s: copying its KV failed: recomputing", copy.request_id)
             return False

@@ -65,8 +65,6 @@ class SchedulerSide:
             self._hits = DecodeHits(geometry, self._mover, self.recorder)
         else:
             self._hits = StoreHits(geometry, self._mover)
-        self.copies_linger = setup.device_type != "cpu"
-        """Whether copies may still run when the step that ordered them has ended."""
         self._mover.connection.start()
 
     def bind_cache_manager(self, manager: KVCacheManager) -> None:
@@ -116,7 +114,8 @@ class SchedulerSide:
         self._hits.release(tracked)
         if tracked.loading:
             return False  # vLLM holds the blocks of an unfinished load by itself
-        delayed = self.copies_linger and tracked.issued and self._prefill is not None
+        # Copies may still run when the step that ordered them has ended.
+        delayed = tracked.issued and self._prefill is not None
         if self._persister is not None and tracked.epoch == self._epoch:
             if request.status in _NORMAL_ENDS:
                 saves = self._persister.orders(tracked, block_ids)

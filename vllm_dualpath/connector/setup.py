@@ -33,7 +33,6 @@ class EngineSetup:
     max_model_len: int
     num_cache_blocks: int
     socket_path: Path
-    device_type: str
 
     @classmethod
     def make(cls, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> EngineSetup:
@@ -55,7 +54,6 @@ class EngineSetup:
             max_model_len=vllm_config.model_config.max_model_len,
             num_cache_blocks=kv_cache_config.num_blocks,
             socket_path=mover_socket_path(directory, f"{transfer.engine_id}-{rank}"),
-            device_type=str(vllm_config.device_config.device_type),
         )
 
     def mover_spec(self, geometry: Geometry) -> MoverSpec:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import mmap
 import threading
 import time
+from collections.abc import Sequence
 
-import torch
 from vllm.logger import init_logger
 
 from vllm_dualpath.blocks import Geometry
-from vllm_dualpath.connector.copies import CopyEngine
-from vllm_dualpath.connector.paging import PagedCaches, Rows, StagingView
+from vllm_dualpath.connector.copies import CopyEngine, Rows
+from vllm_dualpath.connector.metadata import PageCopy
+from vllm_dualpath.connector.paging import PagedCaches
 from vllm_dualpath.errors import IncompatiblePeer, TransferTimeout
 from vllm_dualpath.messages import Attached
 
@@ -41,12 +42,9 @@ class Staging:
         self.boot_id = attached.boot_id
         self.num_slots = attached.num_slots
         self._memory = mmap.mmap(fd, attached.staging_bytes, mmap.MAP_SHARED)
-        self._caches = caches
         self._engine = engine
-        view = StagingView(self._memory, attached.num_slots, geometry)
-        self._bytes: torch.Tensor | None = view.bytes
-        words = [layer.dtype for layer in caches.layers]
-        self._layers = view.layers(engine.map_memory(view.bytes), words)
+        self._mapping = engine.map(caches, self._memory, attached.num_slots, geometry)
+        self._mapped = True
         self._num_users = 0
         self._retired = False
         self._changed = threading.Condition()
@@ -63,15 +61,9 @@ class Staging:
             self._num_users -= 1
             self._changed.notify_all()
 
-    def load(self, layer: int, rows: Rows) -> None:
-        """Copy the pages of one layer into vLLM's cache."""
-        pages = self._layers[layer][rows.slots, rows.pages]
-        self._caches.layers[layer].index_put_((rows.blocks,), pages)
-
-    def save(self, layer: int, rows: Rows) -> None:
-        """Copy the pages of one layer out of vLLM's cache."""
-        pages = self._caches.layers[layer][rows.blocks]
-        self._layers[layer].index_put_((rows.slots, rows.pages), pages)
+    def rows(self, copies: Sequence[PageCopy]) -> Rows:
+        """The pages of ``copies`` for the copy engine; ``ValueError`` for impossible ones."""
+        return self._engine.rows(self._mapping, copies)
 
     def retire(self, timeout_s: float) -> None:
         """Wait for the last user, then unmap. Raises ``TransferTimeout`` if users stay."""
@@ -84,8 +76,8 @@ class Staging:
                         f"staging memory of mover {self.boot_id.hex()[:8]}: {self._num_users}"
                         f" copies did not end in {timeout_s} s; it stays mapped"
                     )
-        if self._bytes is not None:
-            self._engine.unmap_memory(self._bytes)
-            self._bytes = None
-            self._layers.clear()
+        if self._mapped:
+            self._mapped = False
+            self._engine.unmap(self._mapping)
+            self._mapping = None
             self._memory.close()

@@ -1,13 +1,21 @@
 """The worker side: carries out each step's copies between vLLM's cache and the staging memory.
 
-Called by vLLM's forward thread; long copies and waits are left to the copy thread, messages to the
-link's. Knows pages and slots, not tokens: what to copy was decided by the scheduler side.
+Called by vLLM's forward thread, which it keeps only where right answers need it: copies run beside
+the forward pass, what follows them on the copy thread, messages in the link's. Knows pages and
+slots, not tokens: what to copy was decided by the scheduler side.
+
+What orders copies and the forward pass:
+
+* a layer's attention waits for the loads of that layer (``wait_for_layer``);
+* saves read pages that stay as they are while a request holds them, and vLLM holds the pages of a
+  finished one until we report it (``delayed_frees``); pages can change hands without that only
+  between two steps, so each step begins behind every copy of the last one (``fence``);
+* a slot is given back, a page reported as saved, a mapping let go only when its copy is done.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -15,17 +23,10 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_dualpath import metrics
-from vllm_dualpath.connector.copies import (
-    Copy,
-    CopyEngine,
-    CopyThread,
-    HostCopies,
-    Mark,
-    copy_engine,
-)
+from vllm_dualpath.connector.copies import CopyEngine, CopyThread, Mark, Rows, copy_engine
 from vllm_dualpath.connector.loads import NO_KEY, AsyncLoads
 from vllm_dualpath.connector.metadata import BlockSave, Claim, DualPathMetadata, PageCopy
-from vllm_dualpath.connector.paging import PagedCaches, Rows, make_rows
+from vllm_dualpath.connector.paging import PagedCaches
 from vllm_dualpath.connector.setup import EngineSetup
 from vllm_dualpath.connector.staging import Staging
 from vllm_dualpath.connector.stats import DualPathStats, Recorder
@@ -61,7 +62,9 @@ class WorkerSide:
         self.recorder = Recorder()
         self._layer_of: dict[str, int] = {}
         self._step = DualPathMetadata()
-        self._load_marks: dict[int, list[Mark]] = {}
+        self._load_marks: list[Sequence[Mark]] = []
+        """Of each batch of this step's loads, by layer."""
+        self._layer_waits: list[float] = []
         self._saves: list[_Batch] | None = None
         self._saved_layers: set[int] = set()
         self._fence: Mark = None
@@ -81,12 +84,14 @@ class WorkerSide:
         names = setup.identity.layer_names
         geometry = setup.identity.geometry
         caches = PagedCaches(
-            [kv_caches[name] for name in names], setup.num_cache_blocks, geometry.layer_page_bytes
+            [kv_caches[name] for name in names],
+            setup.num_cache_blocks,
+            geometry.layer_page_bytes,
+            geometry.layout,
         )
         if caches.pages_split > 1:
             geometry = replace(geometry, layout=f"{geometry.layout}/{caches.pages_split}")
         self._geometry = geometry
-        self._device = caches.device
         self._layer_of = {name: layer for layer, name in enumerate(names)}
         self._engine: CopyEngine = copy_engine(caches.device)
         self._thread = CopyThread()
@@ -103,7 +108,6 @@ class WorkerSide:
             self._engine,
             self._thread,
             geometry,
-            caches.device,
             self.recorder,
             setup.config.deadlines.stage_s,
         )
@@ -119,8 +123,11 @@ class WorkerSide:
         """Finish copies under way, disconnect, let the mover end."""
         if self._started:
             self._started = False
-            self._thread.close()
-            self._mover.close()
+            try:
+                self._thread.close()
+                self._mover.close()
+            finally:
+                self._engine.close()
 
     # --- one step --------------------------------------------------------------------------------
 
@@ -135,8 +142,8 @@ class WorkerSide:
         self._invalid |= step.failed_blocks
         for copy in (*step.sync_loads, *step.saves):
             self._owed[copy.request_id] = copy.claim
-        for block in step.persists:
-            self._persist(block)
+        if step.persists:
+            self._persist(step.persists)
 
     def start_loads(self) -> None:
         """Start this step's loads; those that this step's forward pass reads come layer by
@@ -150,13 +157,19 @@ class WorkerSide:
 
     def wait_for_layer(self, layer_name: str) -> None:
         """Order what the forward pass does next behind the copies of this layer."""
-        for mark in self._load_marks.get(self._layer_of.get(layer_name, -1), ()):
-            self._engine.hold_forward(mark)
+        if not self._load_marks:
+            return
+        layer = self._layer_of.get(layer_name)
+        if layer is not None:
+            for marks in self._load_marks:
+                self._layer_waits.append(self._engine.hold_forward(marks[layer]))
 
     def save_layer(self, layer_name: str) -> None:
         """Copy out this layer's new pages, and say so once they are there."""
+        if not self._step.saves:
+            return
         layer = self._layer_of.get(layer_name)
-        if layer is None or not self._step.saves or layer in self._saved_layers:
+        if layer is None or layer in self._saved_layers:
             return
         if self._saves is None:
             self._saves = self._batches(self._step.saves, self._drop_saves)
@@ -165,23 +178,30 @@ class WorkerSide:
             self._save_layer(batch, layer)
 
     def finish_saves(self) -> None:
-        """End the step: copy layers whose hook did not fire, and fence the copies.
+        """End the step: copy layers whose hook did not fire.
 
-        The fence makes later kernels wait for all copies, so pages may be reused from here on.
+        Copies go on; before anything changes their pages, vLLM calls ``fence``.
         """
         if self._step.saves:
             for name in self._layer_of:
                 self.save_layer(name)
         for batch in self._saves or ():
-            self._when(batch.last_mark, batch.staging.release)
+            self._release_after(batch)
         self._saves = None
         self._step.saves = []
-        self.fence()
+        if self._layer_waits:
+            self.recorder.observe(metrics.LAYER_WAIT_SECONDS, self._layer_waits)
+            self._layer_waits = []
 
     def fence(self) -> None:
-        """Let the forward pass wait for every copy of earlier calls."""
-        mark, self._fence = self._fence, None
-        self._engine.hold_forward(mark)
+        """Let the forward pass wait for every copy of earlier steps.
+
+        vLLM calls this before it touches the cache in a step: here preempted requests' pages, and
+        those of requests that ended with nothing more to copy, get another owner.
+        """
+        if self._fence is not None:
+            mark, self._fence = self._fence, None
+            self.recorder.observe(metrics.FENCE_WAIT_SECONDS, [self._engine.hold_forward(mark)])
 
     def fail_step(self) -> None:
         """Something went wrong where nothing should: report this step's loads as failed."""
@@ -193,8 +213,7 @@ class WorkerSide:
 
     def results(self, finished_ids: set[str]) -> tuple[set[str], set[str], set[str]]:
         """Requests whose sends, receives ended, and whose receives failed, since the last call."""
-        for request_id in finished_ids:
-            self._finish(request_id)
+        self._finish(finished_ids)
         sent = set()
         while self._sent:
             sent.add(self._sent.pop())
@@ -230,26 +249,27 @@ class WorkerSide:
             if staging is None:
                 on_gone(group)
             else:
-                batches.append(
-                    _Batch(staging, group, make_rows(group, self._geometry, self._device))
-                )
+                batches.append(_Batch(staging, group, self._rows(staging, group)))
         return batches
 
-    def _load_layers(self, batch: _Batch) -> None:
-        waits = []
+    def _rows(self, staging: Staging, copies: list[PageCopy]) -> Rows:
+        """The pages of ``copies``; lets go of ``staging`` if they make no sense."""
         try:
-            for layer in range(self._geometry.num_layers):
-                started = time.perf_counter()
-                mark = self._submit(partial(batch.staging.load, layer, batch.rows))
-                self._load_marks.setdefault(layer, []).append(mark)
-                batch.last_mark = mark
-                waits.append(time.perf_counter() - started)
+            return staging.rows(copies)
+        except BaseException:
+            staging.release()
+            raise
+
+    def _load_layers(self, batch: _Batch) -> None:
+        try:
+            marks = self._engine.submit_layers(batch.rows, load=True)
+            self._fence = batch.last_mark = marks[-1]
+            self._load_marks.append(marks)
         finally:
-            self._when(batch.last_mark, batch.staging.release)
-        self.recorder.observe(metrics.LAYER_WAIT_SECONDS, waits)
+            self._release_after(batch)
 
     def _save_layer(self, batch: _Batch, layer: int) -> None:
-        mark = batch.last_mark = self._submit(lambda: batch.staging.save(layer, batch.rows))
+        mark = batch.last_mark = self._submit(batch.rows, range(layer, layer + 1), load=False)
         self._when(mark, lambda: self._report_saved(batch.copies, layer))
 
     def _report_saved(self, copies: list[PageCopy], layer: int) -> None:
@@ -257,53 +277,67 @@ class WorkerSide:
             message = Saved(copy.claim.key, layer, copy.first_page, copy.last_page)
             self._mover.connection.send(copy.claim.boot_id, message)
 
-    def _persist(self, block: BlockSave) -> None:
-        staging = self._mover.acquire(block.boot_id)
-        if staging is None:
-            self.recorder.count(metrics.BLOCKS_NOT_STORED)
-            self._mover.connection.send(block.boot_id, ReturnPersistSlots((block.slot,)))
-            return
-        rows = make_rows(
-            [PageCopy("", Claim(NO_KEY, block.boot_id), 0, block.block_ids, (block.slot,))],
-            self._geometry,
-            self._device,
-        )
+    def _persist(self, blocks: list[BlockSave]) -> None:
+        """Copy whole blocks to persist slots, all in one copy, and have them stored."""
+        claims = {block.boot_id: Claim(NO_KEY, block.boot_id) for block in blocks}
+        copies = [PageCopy("", claims[b.boot_id], 0, b.block_ids, (b.slot,)) for b in blocks]
 
-        def copy_block() -> None:
-            for layer in range(self._geometry.num_layers):
-                staging.save(layer, rows)
+        def gone(copies: list[PageCopy]) -> None:
+            self.recorder.count(metrics.BLOCKS_NOT_STORED, len(copies))
+            slots = tuple(copy.slots[0] for copy in copies)
+            self._mover.connection.send(copies[0].claim.boot_id, ReturnPersistSlots(slots))
 
-        def stored() -> None:
-            staging.release()
-            message = Persist(block.slot, block.hash, block.parent)
-            self._mover.connection.send(block.boot_id, message)
+        def stored(boot_id: bytes) -> None:
+            for block in blocks:
+                if block.boot_id == boot_id:
+                    message = Persist(block.slot, block.hash, block.parent)
+                    self._mover.connection.send(boot_id, message)
 
-        self._when(self._submit(copy_block), stored)
+        for batch in self._batches(copies, gone):
+            layers = range(self._geometry.num_layers)
+            batch.last_mark = self._submit(batch.rows, layers, load=False)
+            self._release_after(batch)
+            self._when(batch.last_mark, partial(stored, batch.staging.boot_id))
 
-    def _submit(self, copy: Copy) -> Mark:
-        self._fence = mark = self._engine.submit(copy)
+    def _submit(self, rows: Rows, layers: range, *, load: bool) -> Mark:
+        self._fence = mark = self._engine.submit(rows, layers, load=load)
         return mark
 
     def _when(self, mark: Mark, then: Callable[[], object]) -> None:
-        """Call ``then`` once ``mark`` is reached, and after all earlier ``then``s."""
-        if isinstance(self._engine, HostCopies):
+        """Call ``then`` once ``mark`` is reached, after all earlier ``then``s; never if its copy
+        failed.
+        """
+
+        def wait_then() -> None:
+            self._engine.wait(mark)
             then()
-        else:
 
-            def wait_then() -> None:
-                self._engine.wait(mark)
-                then()
+        self._thread.put(wait_then)
 
-            self._thread.put(wait_then)
+    def _release_after(self, batch: _Batch) -> None:
+        """Let go of a batch's staging memory once its copies have ended, well or not."""
 
-    def _finish(self, request_id: str) -> None:
-        claim = self._owed.pop(request_id, None)
-        if claim is not None:
-            release = Release(claim.key)
-            self._when(None, lambda: self._mover.connection.send_surely(claim.boot_id, release))
-        if request_id in self._delayed:
-            self._delayed.discard(request_id)
-            self._when(None, lambda: self._sent.append(request_id))
+        def wait_release() -> None:
+            try:
+                self._engine.wait(batch.last_mark)
+            finally:
+                batch.staging.release()
+
+        self._thread.put(wait_release)
+
+    def _finish(self, request_ids: set[str]) -> None:
+        """Give up claims and report sends once every copy ordered so far has ended."""
+        owed = [self._owed.pop(each) for each in request_ids & self._owed.keys()]
+        delayed = request_ids & self._delayed
+        self._delayed -= delayed
+
+        def end() -> None:
+            for claim in owed:
+                self._mover.connection.send_surely(claim.boot_id, Release(claim.key))
+            self._sent.extend(delayed)
+
+        if owed or delayed:
+            self._when(None, end)
 
     def _fail_sync(self, copies: list[PageCopy]) -> None:
         """A synchronous load whose memory is gone, which the life of a mapping is there to

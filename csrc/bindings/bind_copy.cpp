@@ -1,0 +1,204 @@
+// Copies of pages. Submitting keeps the GIL, which it would take longer to give up; waiting does
+// not.
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <cmath>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "bindings/bindings.hpp"
+#include "copy/copy_queue.hpp"
+#include "copy/cuda_copies.hpp"
+
+namespace py = pybind11;
+
+namespace dualpath {
+namespace {
+
+// (cache address, block stride, runs a page, run stride, run bytes, offset in a slot)
+using LayerTuple =
+    std::tuple<std::uintptr_t, std::size_t, std::size_t, std::size_t, std::size_t, std::size_t>;
+
+std::shared_ptr<PageMap> make_map(const std::vector<LayerTuple>& layers, std::size_t num_blocks,
+                                  std::uintptr_t address, std::size_t slot_bytes,
+                                  std::size_t num_slots, std::size_t pages_per_block) {
+    std::vector<LayerPages> pages;
+    pages.reserve(layers.size());
+    for (const auto& [cache, block_stride, num_runs, run_stride, run_bytes, offset] : layers) {
+        pages.push_back({cache, block_stride, num_runs, run_stride, run_bytes, offset});
+    }
+    return std::make_shared<PageMap>(std::move(pages), num_blocks,
+                                     StagingSlots{address, slot_bytes, num_slots, pages_per_block});
+}
+
+// Any sequence of Python integers, without a Python object made for each.
+class Numbers {
+  public:
+    explicit Numbers(const py::handle& values)
+        : fast_(py::reinterpret_steal<py::object>(
+              PySequence_Fast(values.ptr(), "expected a sequence of integers"))) {
+        if (!fast_) throw py::error_already_set();
+    }
+    std::size_t size() const {
+        return static_cast<std::size_t>(PySequence_Fast_GET_SIZE(fast_.ptr()));
+    }
+    std::uint32_t operator[](std::size_t index) const {
+        PyObject* item = PySequence_Fast_GET_ITEM(fast_.ptr(), static_cast<Py_ssize_t>(index));
+        const unsigned long long value = PyLong_AsUnsignedLongLong(item);
+        if (value == static_cast<unsigned long long>(-1) && PyErr_Occurred() != nullptr) {
+            throw py::error_already_set();
+        }
+        if (value > UINT32_MAX) throw std::invalid_argument("a block or slot beyond 32 bits");
+        return static_cast<std::uint32_t>(value);
+    }
+
+  private:
+    py::object fast_;
+};
+
+// One request: pages from `first_page` on, `slots` from the Full Block that holds it on.
+void add_rows(std::vector<PageRow>& rows, std::size_t first_page, std::size_t pages_per_block,
+              const Numbers& blocks, const Numbers& slots) {
+    std::size_t in_block = first_page % pages_per_block;
+    std::size_t slot = 0;
+    for (std::size_t i = 0; i < blocks.size(); ++i) {
+        if (slot >= slots.size()) {
+            throw std::invalid_argument(std::to_string(blocks.size()) + " pages from page " +
+                                        std::to_string(first_page) + " on do not fit into " +
+                                        std::to_string(slots.size()) + " slots");
+        }
+        rows.push_back({blocks[i], slots[slot], static_cast<std::uint32_t>(in_block)});
+        if (++in_block == pages_per_block) {
+            in_block = 0;
+            ++slot;
+        }
+    }
+}
+
+std::shared_ptr<PageRows> make_rows(std::shared_ptr<PageMap> map, const py::iterable& copies) {
+    std::vector<PageRow> rows;
+    const std::size_t pages_per_block = map->staging().pages_per_block;
+    for (const py::handle copy : copies) {
+        const auto [first_page, blocks, slots] =
+            py::cast<std::tuple<std::size_t, py::object, py::object>>(copy);
+        add_rows(rows, first_page, pages_per_block, Numbers(blocks), Numbers(slots));
+    }
+    return std::make_shared<PageRows>(std::move(map), std::move(rows));
+}
+
+std::chrono::nanoseconds seconds(double value) {
+    constexpr double most = 1e9;  // about 30 years: the clock must not overflow
+    if (!(value >= 0)) throw std::invalid_argument("a time to wait must not be negative");
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(
+        std::chrono::duration<double>(std::min(value, most)));
+}
+
+std::uint64_t submit(CopyQueue& queue, std::shared_ptr<PageRows> rows, bool load,
+                     std::size_t first_layer, std::size_t end_layer, bool background) {
+    const auto direction = load ? CopyDirection::kLoad : CopyDirection::kSave;
+    const auto lane = background ? CopyLane::kBackground : CopyLane::kUrgent;
+    return queue.submit({std::move(rows), direction, first_layer, end_layer, nullptr}, lane);
+}
+
+CudaMethod method_named(const std::string& name) {
+    if (name == "batch") return CudaMethod::kBatch;
+    if (name == "single") return CudaMethod::kSingle;
+    throw std::invalid_argument("method: expected batch or single, found " + name);
+}
+
+CudaStream stream_at(std::uintptr_t handle) { return reinterpret_cast<CudaStream>(handle); }
+
+void bind_cuda(py::module_& module) {
+    using release = py::call_guard<py::gil_scoped_release>;
+    py::class_<CudaMark>(module, "CudaMark");
+    py::class_<CudaCopies>(module, "CudaCopies")
+        .def(py::init([](int device, const std::string& method) {
+                 return std::make_unique<CudaCopies>(CudaDriver::load(), device,
+                                                     method_named(method));
+             }),
+             py::arg("device"), py::arg("method"), release())
+        .def(
+            "submit",
+            [](CudaCopies& copies, std::shared_ptr<PageRows> rows, bool load,
+               std::size_t first_layer, std::size_t end_layer, const CudaMark& after,
+               bool background) {
+                return copies.submit(std::move(rows),
+                                     load ? CopyDirection::kLoad : CopyDirection::kSave,
+                                     first_layer, end_layer,
+                                     background ? CopyLane::kBackground : CopyLane::kUrgent, after);
+            },
+            py::arg("rows"), py::arg("load"), py::arg("first_layer"), py::arg("end_layer"),
+            py::arg("after"), py::arg("background") = false)
+        .def(
+            "now",
+            [](const CudaCopies& copies, std::uintptr_t stream) {
+                return copies.now(stream_at(stream));
+            },
+            py::arg("stream"))
+        .def(
+            "hold",
+            [](const CudaCopies& copies, std::uintptr_t stream, const CudaMark& mark,
+               double timeout_s) {
+                return copies.hold(stream_at(stream), mark, seconds(timeout_s));
+            },
+            py::arg("stream"), py::arg("mark"), py::arg("timeout_s"), release())
+        .def(
+            "wait",
+            [](const CudaCopies& copies, const CudaMark& mark, double timeout_s) {
+                return copies.wait(mark, seconds(timeout_s));
+            },
+            py::arg("mark"), py::arg("timeout_s"), release())
+        .def(
+            "close",
+            [](CudaCopies& copies, double timeout_s) { return copies.close(seconds(timeout_s)); },
+            py::arg("timeout_s"), release());
+}
+
+// The tickets of all layers, in order.
+py::list submit_layers(CopyQueue& queue, std::shared_ptr<PageRows> rows, bool load) {
+    const std::size_t num_layers = rows->map().layers().size();
+    const auto direction = load ? CopyDirection::kLoad : CopyDirection::kSave;
+    const auto first = queue.submit_layers({std::move(rows), direction, 0, num_layers, nullptr},
+                                           CopyLane::kUrgent);
+    py::list tickets(num_layers);
+    for (std::size_t i = 0; i < num_layers; ++i) {
+        tickets[i] = py::int_(first + i * CopyQueue::kTicketStep);
+    }
+    return tickets;
+}
+
+}  // namespace
+
+void bind_copy(py::module_& module) {
+    using release = py::call_guard<py::gil_scoped_release>;
+    py::class_<PageMap, std::shared_ptr<PageMap>>(module, "PageMap")
+        .def(py::init(&make_map), py::arg("layers"), py::arg("num_blocks"), py::arg("address"),
+             py::arg("slot_bytes"), py::arg("num_slots"), py::arg("pages_per_block"));
+    py::class_<PageRows, std::shared_ptr<PageRows>>(module, "PageRows")
+        .def(py::init(&make_rows), py::arg("page_map"), py::arg("copies"))
+        .def_property_readonly("num_layers",
+                               [](const PageRows& rows) { return rows.map().layers().size(); })
+        .def("__len__", [](const PageRows& rows) { return rows.rows().size(); });
+    py::class_<CopyQueue>(module, "CopyQueue")
+        .def(py::init([] { return std::make_unique<CopyQueue>(std::make_unique<HostDevice>()); }))
+        .def("submit", &submit, py::arg("rows"), py::arg("load"), py::arg("first_layer"),
+             py::arg("end_layer"), py::arg("background") = false)
+        .def("submit_layers", &submit_layers, py::arg("rows"), py::arg("load"))
+        .def("done", &CopyQueue::done, py::arg("ticket"))
+        .def(
+            "wait",
+            [](const CopyQueue& queue, std::uint64_t ticket, double timeout_s) {
+                return queue.wait(ticket, seconds(timeout_s));
+            },
+            py::arg("ticket"), py::arg("timeout_s"), release())
+        .def(
+            "close",
+            [](CopyQueue& queue, double timeout_s) { return queue.close(seconds(timeout_s)); },
+            py::arg("timeout_s"), release());
+    bind_cuda(module);
+}
+
+}  // namespace dualpath

@@ -1,0 +1,186 @@
+#include "copy/copy_queue.hpp"
+
+#include <pthread.h>
+#include <sched.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <exception>
+#include <stdexcept>
+#include <utility>
+
+namespace dualpath {
+namespace {
+
+// The thread that started us may be bound to cores that compute: stay off them if there are others.
+// Not being allowed to costs speed only.
+void leave_compute_cores() {
+    cpu_set_t all;
+    CPU_ZERO(&all);
+    const long num_cpus = std::min<long>(sysconf(_SC_NPROCESSORS_CONF), CPU_SETSIZE);
+    for (long cpu = 0; cpu < num_cpus; ++cpu) CPU_SET(static_cast<std::size_t>(cpu), &all);
+    (void)sched_setaffinity(0, sizeof all, &all);
+}
+
+template <class Action>
+std::string error_of(const Action& action) {
+    try {
+        action();
+        return {};
+    } catch (const std::exception& failure) {
+        return failure.what();
+    }
+}
+
+}  // namespace
+
+CopyQueue::CopyQueue(std::unique_ptr<CopyDevice> device) : device_(std::move(device)) {
+    thread_ = std::thread([this] { run(); });
+    pthread_setname_np(thread_.native_handle(), "dualpath-copy");
+}
+
+CopyQueue::~CopyQueue() {
+    {
+        const std::lock_guard lock(mutex_);
+        closing_ = true;
+    }
+    work_.notify_all();
+    if (thread_.joinable()) thread_.join();
+}
+
+CopyQueue::Ticket CopyQueue::submit(CopyOrder order, CopyLane lane) {
+    check(order);
+    Ticket ticket;
+    {
+        const std::lock_guard lock(mutex_);
+        ticket = push(std::move(order), lane);
+    }
+    work_.notify_one();
+    return ticket;
+}
+
+CopyQueue::Ticket CopyQueue::submit_layers(const CopyOrder& order, CopyLane lane) {
+    check(order);
+    Ticket first = 0;
+    {
+        const std::lock_guard lock(mutex_);
+        for (std::size_t layer = order.first_layer; layer < order.end_layer; ++layer) {
+            const Ticket ticket =
+                push({order.rows, order.direction, layer, layer + 1, order.fences}, lane);
+            if (first == 0) first = ticket;
+        }
+    }
+    work_.notify_one();
+    return first;
+}
+
+void CopyQueue::check(const CopyOrder& order) const {
+    if (order.rows == nullptr) throw std::invalid_argument("a copy needs rows");
+    const std::size_t num_layers = order.rows->map().layers().size();
+    if (order.first_layer >= order.end_layer || order.end_layer > num_layers) {
+        throw std::invalid_argument("layers " + std::to_string(order.first_layer) + " to " +
+                                    std::to_string(order.end_layer) + " of " +
+                                    std::to_string(num_layers));
+    }
+}
+
+CopyQueue::Ticket CopyQueue::push(CopyOrder order, CopyLane lane) {
+    if (closing_) throw std::runtime_error("the copy queue is closed");
+    const auto index = static_cast<std::size_t>(lane);
+    const std::size_t first_layer = order.first_layer;
+    lanes_[index].jobs.push_back({std::move(order), first_layer, 0});
+    return ++lanes_[index].num_submitted * lanes_.size() + index;
+}
+
+bool CopyQueue::done(Ticket ticket) const {
+    const std::lock_guard lock(mutex_);
+    if (!error_.empty()) throw std::runtime_error(error_);
+    return settled(ticket);
+}
+
+bool CopyQueue::wait(Ticket ticket, std::chrono::nanoseconds timeout) const {
+    std::unique_lock lock(mutex_);
+    bool in_time = settled(ticket);
+    if (!in_time) {
+        Waiter waiter{ticket, {}};
+        waiters_.push_back(&waiter);
+        in_time = waiter.wake.wait_for(lock, timeout, [&] { return settled(ticket); });
+        std::erase(waiters_, &waiter);
+    }
+    if (!error_.empty()) throw std::runtime_error(error_);
+    return in_time;
+}
+
+bool CopyQueue::close(std::chrono::nanoseconds timeout) {
+    std::unique_lock lock(mutex_);
+    closing_ = true;
+    work_.notify_all();
+    if (!end_.wait_for(lock, timeout, [&] { return ended_; })) return false;
+    std::thread ending = std::move(thread_);
+    lock.unlock();
+    if (ending.joinable()) ending.join();
+    return true;
+}
+
+void CopyQueue::run() {
+    leave_compute_cores();
+    std::string error = error_of([&] { device_->enter_thread(); });
+    std::unique_lock lock(mutex_);
+    error_ = std::move(error);
+    while (true) {
+        Lane* lane = nullptr;
+        work_.wait(lock, [&] { return (lane = next_lane()) != nullptr || closing_; });
+        if (lane == nullptr) break;
+        Job& job = lane->jobs.front();  // stays where it is while others are queued behind it
+        bool last = true;
+        lock.unlock();
+        error = error_of([&] { last = advance(job, static_cast<CopyLane>(lane - lanes_.data())); });
+        lock.lock();
+        if (error_.empty()) error_ = std::move(error);
+        if (last) {
+            lane->jobs.pop_front();
+            ++lane->num_done;
+        }
+        wake_waiters();
+    }
+    ended_ = true;
+    end_.notify_all();
+}
+
+void CopyQueue::wake_waiters() {
+    for (Waiter* waiter : waiters_) {
+        if (settled(waiter->ticket)) waiter->wake.notify_one();
+    }
+}
+
+CopyQueue::Lane* CopyQueue::next_lane() {
+    for (Lane& lane : lanes_) {
+        if (!lane.jobs.empty()) return &lane;
+    }
+    return nullptr;
+}
+
+bool CopyQueue::advance(Job& job, CopyLane lane) {
+    const CopyOrder& order = job.order;
+    if (job.layer == order.first_layer && job.row == 0 && order.fences) order.fences->before();
+    const std::size_t num_rows = order.rows->rows().size();
+    const std::size_t page_bytes = order.rows->map().layers()[job.layer].page_bytes();
+    const std::size_t most = std::max<std::size_t>(1, device_->slice_bytes() / page_bytes);
+    const std::size_t end = std::min(num_rows, job.row + most);
+    device_->copy(order, lane, job.layer, job.row, end);
+    job.row = end;
+    if (end == num_rows) {
+        job.row = 0;
+        ++job.layer;
+    }
+    const bool last = job.layer == order.end_layer;
+    if (last && order.fences) order.fences->after();
+    return last;
+}
+
+bool CopyQueue::settled(Ticket ticket) const {
+    const Lane& lane = lanes_[ticket % lanes_.size()];
+    return !error_.empty() || lane.num_done >= ticket / lanes_.size();
+}
+
+}  // namespace dualpath

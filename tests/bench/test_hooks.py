@@ -1,0 +1,68 @@
+"""``vllm-dualpath bench hooks``: the timing of the hooks as a whole, and its report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm_dualpath.bench.hooks.idle import IdleOverhead
+from vllm_dualpath.bench.hooks.report import hook_table, idle_line, to_json
+from vllm_dualpath.bench.hooks.timing import time_hooks
+from vllm_dualpath.bench.mover.pairing import paired_ratio
+from vllm_dualpath.cli.main import main
+from vllm_dualpath.errors import LaunchError
+
+HOOKS = {
+    "handle_preemptions",
+    "bind_connector_metadata",
+    "start_load_kv",
+    "wait_for_layer_load",
+    "save_kv_layer",
+    "wait_for_save",
+    "get_transfer_results",
+    "get_block_ids_with_load_errors",
+    "get_kv_connector_stats",
+}
+
+
+def test_command_writes_every_hook_and_size(tmp_path: Path, monkeypatch, capsys) -> None:
+    """The real hooks around a real mover, with few steps: JSON for programs, a table for people."""
+    monkeypatch.setattr("vllm_dualpath.cli.bench.time_hooks", lambda _: time_hooks(2, (1, 300)))
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "hooks", "--short", "--no-idle", "--json", str(tmp_path / "hooks.json")])
+    assert ended.value.code == 0
+    report = json.loads((tmp_path / "hooks.json").read_text())
+    assert set(report["pages"]) == {"1", "300"}
+    for size in report["pages"].values():
+        assert set(size["hooks"]) == HOOKS
+        assert size["cpu_us_a_layer_and_step"] > 0
+    assert report["ratios"] == {"idle_vs_plain": None}
+    assert "save_kv_layer" in capsys.readouterr().out
+
+
+def test_timing_that_fails_says_why() -> None:
+    """The end of the child's error output is in the message."""
+    with pytest.raises(LaunchError, match=r"exit code 2:(.|\n)*--pages"):
+        time_hooks(1, ())
+
+
+def test_idle_overhead_in_a_sentence_and_in_json() -> None:
+    """A median over pairs, with its interval and its samples."""
+    plain, ours = (1.0, 2.0, 4.0), (1.01, 2.02, 4.04)
+    idle = IdleOverhead(paired_ratio(ours, plain), plain, ours)
+    assert idle_line(idle).startswith("a batch without hits or transfers takes +1.00 % against")
+    report = to_json([], idle)
+    assert report["ratios"]["idle_vs_plain"] == pytest.approx(1.01)
+    assert report["intervals"]["idle_vs_plain"]["num_pairs"] == 3
+    assert report["samples"]["plain_s"] == list(plain)
+
+
+def test_table_names_the_limit() -> None:
+    """What is measured stands beside what it is measured against."""
+    timings = time_hooks(1, (1,))
+    table = hook_table(timings)
+    assert "limit 50" in "".join(str(cell) for cell in table.columns[0].cells)

@@ -1,0 +1,68 @@
+"""Both measurements as tables and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from vllm_dualpath.bench.hooks.idle import IdleOverhead
+from vllm_dualpath.bench.hooks.timing import LIMIT_US, StepTiming
+
+
+def to_json(timings: Sequence[StepTiming], idle: IdleOverhead | None) -> dict[str, Any]:
+    """Plain types: microseconds and seconds; ``idle`` is null where it was not measured."""
+    steps = {
+        str(timing.num_pages): {
+            "cpu_us_a_layer_and_step": timing.cpu_us,
+            "waited_us_a_layer_and_step": timing.waited_us,
+            "bare_cpu_us_a_layer_and_step": timing.bare_cpu_us,
+            "hooks": timing.hooks,
+        }
+        for timing in timings
+    }
+    if idle is None:
+        return {"pages": steps, "ratios": {"idle_vs_plain": None}}
+    return {
+        "pages": steps,
+        "ratios": {"idle_vs_plain": idle.ratio.median},
+        "intervals": {"idle_vs_plain": idle.ratio.to_json()},
+        "samples": {"plain_s": list(idle.plain_s), "connector_s": list(idle.connector_s)},
+    }
+
+
+def hook_table(timings: Sequence[StepTiming]) -> Table:
+    """A row a hook, a column a number of pages."""
+    table = Table(
+        title="CPU time of one call of each hook, µs",
+        caption="waits for copies are not in it; the last rows are a layer's share of a step",
+    )
+    table.add_column("pages loaded and saved a step")
+    for timing in timings:
+        table.add_column(str(timing.num_pages), justify="right")
+    for hook in timings[0].hooks:
+        table.add_row(hook, *(f"{timing.hooks[hook]['cpu_us']:.1f}" for timing in timings))
+    table.add_section()
+    table.add_row(
+        f"all hooks, a layer and step (limit {LIMIT_US:.0f})",
+        *(f"{timing.cpu_us:.1f}" for timing in timings),
+    )
+    table.add_row(
+        "the same with nothing that hides the copies",
+        *(f"{timing.bare_cpu_us:.1f}" for timing in timings),
+    )
+    table.add_row(
+        "and waits then, a layer and step", *(f"{timing.waited_us:.1f}" for timing in timings)
+    )
+    return table
+
+
+def idle_line(idle: IdleOverhead) -> str:
+    """One sentence."""
+    ratio = idle.ratio
+    return (
+        f"a batch without hits or transfers takes {100 * (ratio.median - 1):+.2f} % against plain"
+        f" vLLM (95 % interval {100 * (ratio.low - 1):+.2f} to {100 * (ratio.high - 1):+.2f} %,"
+        f" {ratio.num_pairs} pairs)"
+    )

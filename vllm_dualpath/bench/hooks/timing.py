@@ -1,0 +1,75 @@
+"""Runs the connector's own timing of its hooks, in a process of its own.
+
+The connector alone may import vllm: here its numbers are only read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_dualpath.errors import LaunchError
+
+PAGE_COUNTS = (1, 16, 256, 4096)
+LIMIT_US = 50.0
+"""What the hooks may take of vLLM's thread, a layer and step."""
+
+_COMMAND = (sys.executable, "-m", "vllm_dualpath.connector.hook_timing")
+_TIMEOUT_S = 180.0
+_MAX_ERROR_CHARS = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class StepTiming:
+    """Steps that load and save ``num_pages`` pages in every layer; medians, in microseconds."""
+
+    num_pages: int
+    cpu_us: float
+    """CPU time of vLLM's thread in all hooks of a step, by the number of layers."""
+    waited_us: float
+    """How long hooks blocked, by the number of layers, where no forward pass hides the copies."""
+    bare_cpu_us: float
+    """Their CPU time then: they wait, and share caches and memory bus with the copies."""
+    hooks: dict[str, dict[str, float]]
+    """Of one call of each hook: ``cpu_us`` and ``wall_us``."""
+
+    @classmethod
+    def parse(cls, num_pages: str, values: dict[str, Any]) -> StepTiming:
+        """From what the timing process writes of one size."""
+        return cls(
+            int(num_pages),
+            values["cpu_us_a_layer"],
+            values["waited_us_a_layer"],
+            values["bare_cpu_us_a_layer"],
+            values["hooks"],
+        )
+
+
+def time_hooks(num_steps: int, page_counts: Sequence[int] = PAGE_COUNTS) -> list[StepTiming]:
+    """Measure ``num_steps`` steps of each size. Raises ``LaunchError``."""
+    command = [*_COMMAND, "--steps", str(num_steps), "--pages", *map(str, page_counts)]
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            check=False,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+    except subprocess.TimeoutExpired as exc:
+        raise LaunchError(f"timing the hooks: expected an end within {_TIMEOUT_S:.0f} s") from exc
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        raise LaunchError(
+            f"timing the hooks: {' '.join(command)} ended with exit code {done.returncode}:\n"
+            f"{done.stderr[-_MAX_ERROR_CHARS:]}"
+        )
+    pages = json.loads(lines[-1])["pages"]
+    return [StepTiming.parse(count, values) for count, values in pages.items()]
