@@ -34,6 +34,7 @@ class TcpEngine:
         token: bytes,
         max_put_bytes: int,
         first_id: int,
+        traffic_class: int = -1,
     ) -> None: ...
     @property
     def listen_port(self) -> int: ...
@@ -66,6 +67,7 @@ class UcxEngine:
         listen_port: int,
         max_inflight_bytes: int,
         max_put_bytes: int,
+        settings: Sequence[tuple[str, str]] = (),
     ) -> None: ...
     @property
     def worker_address(self) -> bytes: ...

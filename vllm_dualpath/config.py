@@ -102,6 +102,15 @@ class EngineConfig(_Frozen):
     require_rdma: bool = Field(
         False, description="refuse to start, or to reach other hosts, without RDMA"
     )
+    service_level: int | None = Field(
+        None, ge=0, le=15, description="InfiniBand service level of pushed KV; default: UCX's"
+    )
+    traffic_class: int | None = Field(
+        None,
+        ge=0,
+        le=255,
+        description="IP traffic class of pushed KV over RoCE and TCP, DSCP in its upper six bits",
+    )
     listen: str = Field("127.0.0.1", description="address the mover's transport listens on")
     model_id: str | None = Field(
         None, description="identity of the weights; default: SHA-256 over the weight files"
@@ -139,8 +148,12 @@ class EngineConfig(_Frozen):
             )
         if self.router is not None and self.role == "both":
             raise ValueError("role 'both' works without a router: use prefill or decode with one")
-        if self.require_rdma and self.transport != "auto":
-            raise ValueError("require_rdma needs transport 'auto', which alone chooses")
+        chosen = self.require_rdma or (self.service_level, self.traffic_class) != (None, None)
+        if chosen and self.transport != "auto":
+            raise ValueError(
+                "require_rdma, service_level and traffic_class need transport 'auto',"
+                f" found {self.transport!r}"
+            )
         require_security(self.router, self.keys, self.insecure, "router")
         if self.router is not None and not is_loopback(self.listen) and not self.insecure:
             raise ValueError(

@@ -50,12 +50,12 @@ void bind_tcp(py::module_& module) {
     py::register_exception<TcpError>(module, "TcpError", PyExc_RuntimeError);
     py::class_<TcpEngine>(module, "TcpEngine")
         .def(py::init([](const std::string& host, std::uint16_t port, const std::string& token,
-                         std::uint64_t max_put_bytes, std::uint64_t first_id) {
-                 return std::make_unique<TcpEngine>(
-                     TcpOptions{host, port, to_token(token), max_put_bytes, first_id});
+                         std::uint64_t max_put_bytes, std::uint64_t first_id, int traffic_class) {
+                 return std::make_unique<TcpEngine>(TcpOptions{
+                     host, port, to_token(token), max_put_bytes, first_id, traffic_class});
              }),
              py::arg("listen_host"), py::arg("listen_port"), py::arg("token"),
-             py::arg("max_put_bytes"), py::arg("first_id"))
+             py::arg("max_put_bytes"), py::arg("first_id"), py::arg("traffic_class") = -1)
         .def_property_readonly("listen_port", &TcpEngine::listen_port)
         .def("fileno", &TcpEngine::event_fd)
         .def("register_region", &TcpEngine::register_region, py::arg("address"),

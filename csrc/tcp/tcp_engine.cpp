@@ -5,7 +5,9 @@
 namespace dualpath {
 
 TcpEngine::TcpEngine(const TcpOptions& options)
-    : max_put_bytes_(options.max_put_bytes), next_id_(options.first_id) {
+    : max_put_bytes_(options.max_put_bytes),
+      traffic_class_(options.traffic_class),
+      next_id_(options.first_id) {
     if (max_put_bytes_ == 0) throw std::invalid_argument("max_put_bytes must be positive");
     listener_ = std::make_unique<TcpListener>(
         SocketAddress::parse(options.listen_host, options.listen_port), options.token, regions_,
@@ -26,8 +28,9 @@ std::uint64_t TcpEngine::connect(const SocketAddress& address, const Token& toke
                                  const Span& remote) {
     if (!listener_) throw PeerClosedError("the transport is closed");
     const std::uint64_t peer_id = next_id_++;
-    peers_.emplace(peer_id, Peer{remote, std::make_unique<TcpSender>(peer_id, address, token,
-                                                                     regions_, events_)});
+    peers_.emplace(peer_id,
+                   Peer{remote, std::make_unique<TcpSender>(peer_id, address, token, traffic_class_,
+                                                            regions_, events_)});
     return peer_id;
 }
 

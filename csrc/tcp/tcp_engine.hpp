@@ -19,6 +19,7 @@ struct TcpOptions {
     Token token{};
     std::uint64_t max_put_bytes = 0;
     std::uint64_t first_id = 1;  // of peers and puts
+    int traffic_class = -1;      // of what is sent: see TcpSocket::prepare_for_data
 };
 
 // All methods from one owner thread; none blocks but close().
@@ -53,6 +54,7 @@ class TcpEngine {
     };
 
     const std::uint64_t max_put_bytes_;
+    const int traffic_class_;
     const std::shared_ptr<RegionTable> regions_ = std::make_shared<RegionTable>();
     std::vector<Span> spans_;  // of the regions
     EventQueue events_;

@@ -56,7 +56,7 @@ void TcpReceiver::run() {
 }
 
 bool TcpReceiver::greet() {
-    socket_.prepare_for_data();
+    socket_.prepare_for_data(-1);  // acknowledgements alone
     socket_.set_timeout(std::chrono::milliseconds(kGreetingTimeout));
     Greeting greeting;
     if (!read(&greeting, sizeof greeting)) return false;

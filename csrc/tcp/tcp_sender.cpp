@@ -39,10 +39,12 @@ std::string head_of(const PutBatch& batch) {
 }  // namespace
 
 TcpSender::TcpSender(std::uint64_t peer_id, const SocketAddress& address, const Token& token,
-                     std::shared_ptr<const RegionTable> regions, EventQueue& events)
+                     int traffic_class, std::shared_ptr<const RegionTable> regions,
+                     EventQueue& events)
     : peer_id_(peer_id),
       address_(address),
       token_(token),
+      traffic_class_(traffic_class),
       regions_(std::move(regions)),
       events_(events),
       thread_([this] { run(); }) {
@@ -108,7 +110,7 @@ void TcpSender::connect() {
         sleep(POLLOUT, static_cast<int>(std::chrono::milliseconds(kConnectTimeout).count()));
     }
     socket_->check_connected();
-    socket_->prepare_for_data();
+    socket_->prepare_for_data(traffic_class_);
 }
 
 void TcpSender::greet() {

@@ -30,7 +30,7 @@ namespace dualpath {
 class TcpSender {
   public:
     TcpSender(std::uint64_t peer_id, const SocketAddress& address, const Token& token,
-              std::shared_ptr<const RegionTable> regions, EventQueue& events);
+              int traffic_class, std::shared_ptr<const RegionTable> regions, EventQueue& events);
     // Ends without waiting for the peer.
     ~TcpSender();
     TcpSender(const TcpSender&) = delete;
@@ -80,6 +80,7 @@ class TcpSender {
     const std::uint64_t peer_id_;
     const SocketAddress address_;
     const Token token_;
+    const int traffic_class_;
     const std::shared_ptr<const RegionTable> regions_;
     EventQueue& events_;
     EventFd wake_;

@@ -94,7 +94,7 @@ void TcpSocket::check_connected() const {
     if (error != 0) throw_tcp_error("connecting", error);
 }
 
-void TcpSocket::prepare_for_data() const {
+void TcpSocket::prepare_for_data(int traffic_class) const {
     set_option(fd_, IPPROTO_TCP, TCP_NODELAY, 1);
     set_option(fd_, SOL_SOCKET, SO_KEEPALIVE, 1);
     set_option(fd_, IPPROTO_TCP, TCP_KEEPIDLE, kIdleSeconds);
@@ -102,6 +102,9 @@ void TcpSocket::prepare_for_data() const {
     set_option(fd_, IPPROTO_TCP, TCP_KEEPCNT, kProbes);
     set_option(fd_, IPPROTO_TCP, TCP_USER_TIMEOUT, kUnansweredMilliseconds);
     avoid_pacing(fd_);
+    if (traffic_class < 0) return;
+    const bool is_v6 = local_address().get()->sa_family == AF_INET6;
+    set_option(fd_, is_v6 ? IPPROTO_IPV6 : IPPROTO_IP, is_v6 ? IPV6_TCLASS : IP_TOS, traffic_class);
 }
 
 void TcpSocket::set_timeout(std::chrono::milliseconds timeout) const {

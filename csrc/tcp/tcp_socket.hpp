@@ -35,8 +35,9 @@ class TcpSocket {
     SocketAddress local_address() const;
     // Throws TcpError with the reason if the connection was refused or lost.
     void check_connected() const;
-    // No delay, and an end to peers that vanish without a word.
-    void prepare_for_data() const;
+    // No delay, and an end to peers that vanish without a word. `traffic_class`: the byte of IP's
+    // header that switches choose a queue by (DSCP in its upper six bits), or -1.
+    void prepare_for_data(int traffic_class) const;
     // How long a blocked read or write may take; zero for ever.
     void set_timeout(std::chrono::milliseconds timeout) const;
     // Lets the kernel forget what was sent and not acknowledged, when the socket is destroyed.

@@ -3,6 +3,8 @@
 
 #include <memory>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "ucx/ucx_library.hpp"
 
@@ -12,7 +14,11 @@ namespace dualpath {
 // while the progress thread runs.
 class UcxContext {
   public:
-    explicit UcxContext(std::shared_ptr<const UcxLibrary> library);
+    // Names of UCX's settings without UCX_, and their values; they win over the environment.
+    using Settings = std::vector<std::pair<std::string, std::string>>;
+
+    // Throws UcxError for a setting whose value UCX refuses.
+    explicit UcxContext(std::shared_ptr<const UcxLibrary> library, const Settings& settings = {});
     ~UcxContext();
     UcxContext(const UcxContext&) = delete;
     UcxContext& operator=(const UcxContext&) = delete;

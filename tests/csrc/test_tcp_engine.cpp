@@ -1,7 +1,9 @@
 // Two engines of one process: every thread and lock of the TCP transport, under the sanitizers.
 #include "tcp/tcp_engine.hpp"
 
+#include <netinet/in.h>
 #include <poll.h>
+#include <sys/socket.h>
 
 #include <algorithm>
 #include <chrono>
@@ -146,6 +148,15 @@ TEST(tcp_engine_turns_a_stranger_away) {
     const auto events = from.events(2);
     CHECK(events.size() == 2 && !events[0].ok && events[1].kind == Kind::kPeerClosed);
     CHECK(to.staging.data()[0] == 0 && to.engine.poll().empty());
+}
+
+TEST(tcp_socket_puts_its_data_in_a_traffic_class) {
+    const TcpSocket listener = TcpSocket::listening_on(SocketAddress::parse("127.0.0.1", 0));
+    const TcpSocket socket = TcpSocket::connecting_to(listener.local_address());
+    socket.prepare_for_data(0x20);
+    int found = 0;
+    socklen_t size = sizeof found;
+    CHECK(::getsockopt(socket.fd(), IPPROTO_IP, IP_TOS, &found, &size) == 0 && found == 0x20);
 }
 
 TEST(tcp_engine_refuses_pieces_outside) {

@@ -54,3 +54,8 @@ def test_require_rdma_refuses_to_start_without_it() -> None:
         pytest.skip("this host has RDMA")
     with pytest.raises(ConfigError, match=r"require_rdma: UCX .* no RDMA transport"):
         make_transport("auto", require_rdma=True)
+
+
+def test_lanes_are_taken_by_both_ways() -> None:
+    """A service level and a traffic class are accepted also where UCX has no InfiniBand."""
+    make_transport("auto", service_level=1, traffic_class=0x20).close()

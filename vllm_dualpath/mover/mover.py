@@ -88,7 +88,11 @@ class Mover:
         self._storage = StorageQueue(self._store, self._loop)
         self._book = TransferBook()
         transport = make_transport(
-            config.transport, config.listen, require_rdma=config.require_rdma
+            config.transport,
+            config.listen,
+            require_rdma=config.require_rdma,
+            service_level=config.service_level,
+            traffic_class=config.traffic_class,
         )
         region = transport.register(
             self._staging.address, self._staging.num_bytes, fd=self._staging.fd

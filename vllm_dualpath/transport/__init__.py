@@ -30,9 +30,14 @@ __all__ = [
 
 
 def make_transport(
-    kind: str, listen_host: str = "127.0.0.1", *, require_rdma: bool = False
+    kind: str,
+    listen_host: str = "127.0.0.1",
+    *,
+    require_rdma: bool = False,
+    service_level: int | None = None,
+    traffic_class: int | None = None,
 ) -> Transport:
-    """Start a transport. Raises ``ConfigError`` for an unknown kind.
+    """Start a transport. Raises ``ConfigError`` for an unknown kind. The options are ``auto``'s.
 
     ``auto`` and ``ucx`` also raise ``NativeUnavailable`` without a usable UCX, ``auto`` a
     ``ConfigError`` without the RDMA device that ``require_rdma`` asks for, and all but the loopback
@@ -42,7 +47,12 @@ def make_transport(
     if kind == "auto":
         from vllm_dualpath.transport.auto import AutoTransport
 
-        return AutoTransport(listen_host, require_rdma=require_rdma)
+        return AutoTransport(
+            listen_host,
+            require_rdma=require_rdma,
+            service_level=service_level,
+            traffic_class=traffic_class,
+        )
     if kind == "ucx":
         from vllm_dualpath.transport.ucx import UcxTransport
 

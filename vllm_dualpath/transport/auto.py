@@ -39,8 +39,9 @@ class _Pair(msgspec.Struct, frozen=True, array_like=True, tag="auto-1"):
 class AutoTransport(Transport):
     """See ``UcxTransport`` for the arguments and errors.
 
-    ``require_rdma`` raises ``ConfigError`` where UCX has no RDMA device, and refuses peers on other
-    hosts that have none.
+    ``service_level`` (InfiniBand) and ``traffic_class`` (RoCE and TCP) put what is sent in a lane
+    of its own. ``require_rdma`` raises ``ConfigError`` where UCX has no RDMA device, and refuses
+    peers on other hosts that have none.
     """
 
     def __init__(
@@ -49,8 +50,15 @@ class AutoTransport(Transport):
         *,
         advertise_host: str | None = None,
         require_rdma: bool = False,
+        service_level: int | None = None,
+        traffic_class: int | None = None,
     ) -> None:
-        self._ucx = UcxTransport(listen_host, advertise_host=advertise_host)
+        lanes = {"IB_SL": service_level, "IB_TRAFFIC_CLASS": traffic_class}
+        self._ucx = UcxTransport(
+            listen_host,
+            advertise_host=advertise_host,
+            settings={name: str(value) for name, value in lanes.items() if value is not None},
+        )
         self._require_rdma = require_rdma
         report = self._ucx.report
         if require_rdma and not report.has_rdma:
@@ -62,7 +70,10 @@ class AutoTransport(Transport):
             )
         try:
             self._tcp = TcpTransport(
-                listen_host, advertise_host=advertise_host, first_id=_FIRST_TCP_ID
+                listen_host,
+                advertise_host=advertise_host,
+                first_id=_FIRST_TCP_ID,
+                traffic_class=traffic_class,
             )
         except TransportError:
             self._ucx.close()

@@ -49,6 +49,7 @@ class TcpTransport(Transport):
         listen_port: 0 picks a free one.
         advertise_host: numeric IP address peers connect to, where ``listen_host`` is a wildcard.
         first_id: peer and put ids count from here.
+        traffic_class: of IP, for what is sent: DSCP in its upper six bits.
 
     Raises ``TransportError`` when it cannot listen there.
     """
@@ -60,6 +61,7 @@ class TcpTransport(Transport):
         *,
         advertise_host: str | None = None,
         first_id: int = 1,
+        traffic_class: int | None = None,
     ) -> None:
         self._host = advertise_host or listen_host
         self._nonce = secrets.token_bytes(_TOKEN_BYTES)
@@ -68,7 +70,12 @@ class TcpTransport(Transport):
             if ipaddress.ip_address(self._host).is_unspecified:
                 raise ValueError(f"peers cannot connect to {self._host}; set advertise_host")
             self._engine = native.TcpEngine(
-                listen_host, listen_port, self._token, _MAX_PUT_BYTES, first_id
+                listen_host,
+                listen_port,
+                self._token,
+                _MAX_PUT_BYTES,
+                first_id,
+                -1 if traffic_class is None else traffic_class,
             )
             self._port = self._engine.listen_port
         self._closed = False
