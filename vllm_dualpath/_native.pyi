@@ -67,7 +67,6 @@ class UcxEngine:
         listen_port: int,
         max_inflight_bytes: int,
         max_put_bytes: int,
-        settings: Sequence[tuple[str, str]] = (),
     ) -> None: ...
     @property
     def worker_address(self) -> bytes: ...

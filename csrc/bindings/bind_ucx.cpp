@@ -81,15 +81,13 @@ void bind_ucx(py::module_& module) {
     py::class_<UcxEngine>(module, "UcxEngine")
         .def(py::init([](const std::shared_ptr<UcxLibrary>& library, const std::string& host,
                          std::uint16_t port, std::uint64_t max_inflight_bytes,
-                         std::uint64_t max_put_bytes, const UcxContext::Settings& settings) {
+                         std::uint64_t max_put_bytes) {
                  const py::gil_scoped_release guard;
                  return std::make_unique<UcxEngine>(
-                     library,
-                     EngineOptions{host, port, max_inflight_bytes, max_put_bytes, settings});
+                     library, EngineOptions{host, port, max_inflight_bytes, max_put_bytes});
              }),
              py::arg("library"), py::arg("listen_host"), py::arg("listen_port"),
-             py::arg("max_inflight_bytes"), py::arg("max_put_bytes"),
-             py::arg("settings") = UcxContext::Settings{})
+             py::arg("max_inflight_bytes"), py::arg("max_put_bytes"))
         .def_property_readonly(
             "worker_address",
             [](const UcxEngine& engine) { return py::bytes(engine.worker_address()); })

@@ -3,8 +3,6 @@
 
 #include <memory>
 #include <string>
-#include <utility>
-#include <vector>
 
 #include "ucx/ucx_library.hpp"
 
@@ -14,11 +12,7 @@ namespace dualpath {
 // while the progress thread runs.
 class UcxContext {
   public:
-    // Names of UCX's settings without UCX_, and their values; they win over the environment.
-    using Settings = std::vector<std::pair<std::string, std::string>>;
-
-    // Throws UcxError for a setting whose value UCX refuses.
-    explicit UcxContext(std::shared_ptr<const UcxLibrary> library, const Settings& settings = {});
+    explicit UcxContext(std::shared_ptr<const UcxLibrary> library);
     ~UcxContext();
     UcxContext(const UcxContext&) = delete;
     UcxContext& operator=(const UcxContext&) = delete;

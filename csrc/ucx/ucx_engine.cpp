@@ -25,7 +25,7 @@ void watch(int epoll_fd, int fd) {
 }  // namespace
 
 UcxEngine::UcxEngine(std::shared_ptr<const UcxLibrary> library, EngineOptions options)
-    : context_(std::make_shared<UcxContext>(std::move(library), options.settings)),
+    : context_(std::make_shared<UcxContext>(std::move(library))),
       options_(std::move(options)),
       budget_(std::make_shared<PutBudget>(options_.max_inflight_bytes)) {
     if (options_.max_inflight_bytes == 0 || options_.max_put_bytes == 0) {

@@ -28,7 +28,6 @@ struct EngineOptions {
     std::uint16_t listen_port = 0;
     std::uint64_t max_inflight_bytes = 0;
     std::uint64_t max_put_bytes = 0;
-    UcxContext::Settings settings;
 };
 
 // Public methods from one owner thread. They check, queue a command and return; UCX's worker is

@@ -18,7 +18,6 @@ class UcxError : public std::runtime_error {
 #define DUALPATH_UCX_FUNCTIONS(X)     \
     X(ucp_am_send_nbx)                \
     X(ucp_cleanup)                    \
-    X(ucp_config_modify)              \
     X(ucp_config_read)                \
     X(ucp_config_release)             \
     X(ucp_context_print_info)         \

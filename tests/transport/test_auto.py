@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import pytest
 
@@ -56,6 +57,10 @@ def test_require_rdma_refuses_to_start_without_it() -> None:
         make_transport("auto", require_rdma=True)
 
 
-def test_lanes_are_taken_by_both_ways() -> None:
-    """A service level and a traffic class are accepted also where UCX has no InfiniBand."""
+def test_lanes_reach_ucx_by_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service level and a traffic class win over what UCX would take; nothing minds them."""
+    monkeypatch.setenv("UCX_IB_SL", "7")
+    monkeypatch.setenv("UCX_IB_TRAFFIC_CLASS", "0")
     make_transport("auto", service_level=1, traffic_class=0x20).close()
+    assert os.environ["UCX_IB_SL"] == "1"
+    assert os.environ["UCX_IB_TRAFFIC_CLASS"] == "32"

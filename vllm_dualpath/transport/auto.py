@@ -7,6 +7,7 @@ TCP is not used: ours moves the same pieces faster and with fewer copies (docs/p
 from __future__ import annotations
 
 import logging
+import os
 import select
 from collections.abc import Sequence
 
@@ -40,8 +41,8 @@ class AutoTransport(Transport):
     """See ``UcxTransport`` for the arguments and errors.
 
     ``service_level`` (InfiniBand) and ``traffic_class`` (RoCE and TCP) put what is sent in a lane
-    of its own. ``require_rdma`` raises ``ConfigError`` where UCX has no RDMA device, and refuses
-    peers on other hosts that have none.
+    of its own; UCX hears of them by its environment in this process. ``require_rdma`` raises
+    ``ConfigError`` where UCX has no RDMA device, and refuses peers on other hosts that have none.
     """
 
     def __init__(
@@ -53,12 +54,11 @@ class AutoTransport(Transport):
         service_level: int | None = None,
         traffic_class: int | None = None,
     ) -> None:
-        lanes = {"IB_SL": service_level, "IB_TRAFFIC_CLASS": traffic_class}
-        self._ucx = UcxTransport(
-            listen_host,
-            advertise_host=advertise_host,
-            settings={name: str(value) for name, value in lanes.items() if value is not None},
-        )
+        # UCX takes these from the environment alone where its InfiniBand module is not loaded yet.
+        for name, value in (("SL", service_level), ("TRAFFIC_CLASS", traffic_class)):
+            if value is not None:
+                os.environ[f"UCX_IB_{name}"] = str(value)
+        self._ucx = UcxTransport(listen_host, advertise_host=advertise_host)
         self._require_rdma = require_rdma
         report = self._ucx.report
         if require_rdma and not report.has_rdma:

@@ -22,7 +22,7 @@ import ipaddress
 import logging
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -82,7 +82,6 @@ class UcxTransport(Transport):
         advertise_host: numeric IP address peers connect to, where ``listen_host`` is a wildcard.
         max_inflight_bytes: bound of what is handed to UCX and cannot be taken back.
         max_put_bytes: adjacent pieces are merged up to this, larger ones are split.
-        settings: of UCX, without ``UCX_``, e.g. ``{"IB_SL": "1"}``; they win over the environment.
 
     Raises ``NativeUnavailable`` without a usable UCX, ``TransportError`` when it does not start.
     """
@@ -95,7 +94,6 @@ class UcxTransport(Transport):
         advertise_host: str | None = None,
         max_inflight_bytes: int = MAX_INFLIGHT_BYTES,
         max_put_bytes: int = MAX_PUT_BYTES,
-        settings: Mapping[str, str] | None = None,
     ) -> None:
         self._host = advertise_host or listen_host
         library = native.load_ucx()
@@ -103,12 +101,7 @@ class UcxTransport(Transport):
             if ipaddress.ip_address(self._host).is_unspecified:
                 raise ValueError(f"peers cannot connect to {self._host}; set advertise_host")
             self._engine = native.UcxEngine(
-                library,
-                listen_host,
-                listen_port,
-                max_inflight_bytes,
-                max_put_bytes,
-                list((settings or {}).items()),
+                library, listen_host, listen_port, max_inflight_bytes, max_put_bytes
             )
         info = self._engine.context_info()
         self._report = native.UcxReport(
