@@ -63,12 +63,13 @@ void bind_tcp(py::module_& module) {
         .def(
             "connect",
             [](TcpEngine& engine, const std::string& host, std::uint16_t port,
-               const std::string& token, std::uint64_t remote_address, std::uint64_t remote_bytes) {
+               const std::string& token, std::uint64_t remote_address, std::uint64_t remote_bytes,
+               bool by_reference) {
                 return engine.connect(SocketAddress::parse(host, port), to_token(token),
-                                      {remote_address, remote_bytes});
+                                      {remote_address, remote_bytes}, by_reference);
             },
             py::arg("host"), py::arg("port"), py::arg("token"), py::arg("remote_address"),
-            py::arg("remote_bytes"))
+            py::arg("remote_bytes"), py::arg("by_reference"))
         .def("put", &put, py::arg("peer_id"), py::arg("pieces"), py::arg("notice"))
         .def("disconnect", &TcpEngine::disconnect, py::arg("peer_id"))
         .def("poll", &poll)

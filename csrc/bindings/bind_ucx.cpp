@@ -2,9 +2,11 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <cerrno>
 #include <memory>
 #include <optional>
 #include <string>
+#include <system_error>
 
 #include "bindings/bindings.hpp"
 #include "ucx/ucx_engine.hpp"
@@ -52,7 +54,7 @@ py::list to_tuples(const std::vector<TransportEvent>& events) {
     py::list list;
     for (const TransportEvent& event : events) {
         list.append(py::make_tuple(static_cast<int>(event.kind), event.id, event.ok,
-                                   py::bytes(event.text)));
+                                   py::bytes(event.text), event.untouched));
     }
     return list;
 }
@@ -73,8 +75,15 @@ void bind_ucx(py::module_& module) {
         .def(py::init([](pid_t pid, int fd, std::uint64_t device, std::uint64_t inode,
                          std::uint64_t remote_address, std::size_t num_bytes) {
                  const py::gil_scoped_release guard;
-                 return std::make_shared<PeerMemory>(SharedFile{pid, fd, device, inode},
-                                                     remote_address, num_bytes);
+                 try {
+                     return std::make_shared<PeerMemory>(SharedFile{pid, fd, device, inode},
+                                                         remote_address, num_bytes);
+                 } catch (const std::system_error& error) {
+                     const py::gil_scoped_acquire acquire;
+                     errno = error.code().value();
+                     PyErr_SetFromErrno(PyExc_OSError);
+                     throw py::error_already_set();
+                 }
              }),
              py::arg("pid"), py::arg("fd"), py::arg("device"), py::arg("inode"),
              py::arg("remote_address"), py::arg("num_bytes"));

@@ -7,7 +7,7 @@
 
 namespace dualpath {
 
-// (kind, id, ok, text) tuples: the bytes of a notice need not be UTF-8.
+// (kind, id, ok, text, untouched) tuples: the bytes of a notice need not be UTF-8.
 pybind11::list to_tuples(const std::vector<TransportEvent>& events);
 
 void bind_io(pybind11::module_& module);

@@ -14,6 +14,8 @@ struct TransportEvent {
     std::uint64_t id;  // put id or peer id; 0 for a notice
     bool ok;           // of kPutDone
     std::string text;  // the notice's bytes, or an error
+    // Of a kPutDone that is not ok: not a byte of it was sent, nor will be.
+    bool untouched = false;
 };
 
 using EventQueue = SignalledQueue<TransportEvent>;

@@ -47,6 +47,7 @@ struct PutBatch {
     std::size_t next = 0;         // the first put not handed to UCX
     std::size_t outstanding = 0;  // requests that UCX has not completed
     std::uint64_t inflight_bytes = 0;
+    bool touched = false;  // a byte of it or its notice may be on the way
     bool flush_posted = false;
     bool flushed = false;
     bool notice_posted = false;

@@ -25,12 +25,12 @@ void TcpEngine::register_region(std::uintptr_t address, std::size_t num_bytes, i
 }
 
 std::uint64_t TcpEngine::connect(const SocketAddress& address, const Token& token,
-                                 const Span& remote) {
+                                 const Span& remote, bool by_reference) {
     if (!listener_) throw PeerClosedError("the transport is closed");
     const std::uint64_t peer_id = next_id_++;
-    peers_.emplace(peer_id,
-                   Peer{remote, std::make_unique<TcpSender>(peer_id, address, token, traffic_class_,
-                                                            regions_, events_)});
+    const SendOptions options{token, traffic_class_, by_reference};
+    auto sender = std::make_unique<TcpSender>(peer_id, address, options, regions_, events_);
+    peers_.emplace(peer_id, Peer{remote, std::move(sender)});
     return peer_id;
 }
 

@@ -37,8 +37,9 @@ class TcpEngine {
 
     // `file`: the shared file mapped at `address` from its start, open until close(); or -1.
     void register_region(std::uintptr_t address, std::size_t num_bytes, int file);
-    // Returns a peer id; a failure arrives as kPeerClosed.
-    std::uint64_t connect(const SocketAddress& address, const Token& token, const Span& remote);
+    // Returns a peer id; a failure arrives as kPeerClosed. `by_reference`: see SendOptions.
+    std::uint64_t connect(const SocketAddress& address, const Token& token, const Span& remote,
+                          bool by_reference);
     // Returns a put id. Throws PeerClosedError, or std::invalid_argument for a piece outside.
     std::uint64_t put(std::uint64_t peer_id, const Piece* pieces, std::size_t num_pieces,
                       std::string notice);

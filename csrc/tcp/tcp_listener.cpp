@@ -40,9 +40,14 @@ void TcpListener::close() {
 
 void TcpListener::run() {
     while (true) {
-        pollfd waiting[] = {{stop_.fd(), POLLIN, 0}, {socket_.fd(), POLLIN, 0}};
-        if (::poll(waiting, 2, -1) < 0) continue;
+        pollfd waiting[] = {
+            {stop_.fd(), POLLIN, 0}, {ended_.fd(), POLLIN, 0}, {socket_.fd(), POLLIN, 0}};
+        if (::poll(waiting, 3, -1) < 0) continue;
         if (waiting[0].revents != 0) return;
+        // First: what ended gives back the descriptors that accepting needs.
+        ended_.clear();
+        std::erase_if(receivers_, [](const auto& receiver) { return receiver->ended(); });
+        if (waiting[2].revents == 0) continue;
         try {
             accept();
         } catch (const std::exception&) {
@@ -60,10 +65,9 @@ void TcpListener::accept() {
         return;  // the peer was gone already
     }
     TcpSocket socket(fd);
-    std::erase_if(receivers_, [](const auto& receiver) { return receiver->ended(); });
     if (receivers_.size() >= kMaxConnections) return;
     receivers_.push_back(
-        std::make_unique<TcpReceiver>(std::move(socket), token_, regions_, on_notice_));
+        std::make_unique<TcpReceiver>(std::move(socket), token_, regions_, on_notice_, ended_));
 }
 
 }  // namespace dualpath

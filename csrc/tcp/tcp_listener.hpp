@@ -34,6 +34,7 @@ class TcpListener {
     const Token token_;
     const std::shared_ptr<const RegionTable> regions_;
     const TcpReceiver::NoticeHandler on_notice_;
+    EventFd ended_;                                      // of some receiver; outlives them
     std::list<std::unique_ptr<TcpReceiver>> receivers_;  // of the accepting thread, then of close()
     EventFd stop_;
     std::thread thread_;

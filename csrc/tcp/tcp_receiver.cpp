@@ -26,11 +26,13 @@ bool equal(const Token& left, const Token& right) {
 }  // namespace
 
 TcpReceiver::TcpReceiver(TcpSocket socket, const Token& token,
-                         std::shared_ptr<const RegionTable> regions, NoticeHandler on_notice)
+                         std::shared_ptr<const RegionTable> regions, NoticeHandler on_notice,
+                         EventFd& on_end)
     : socket_(std::move(socket)),
       token_(token),
       regions_(std::move(regions)),
       on_notice_(std::move(on_notice)),
+      on_end_(on_end),
       thread_([this] { run(); }) {
     pthread_setname_np(thread_.native_handle(), "dualpath-tcp-rx");
 }
@@ -53,13 +55,17 @@ void TcpReceiver::run() {
     }
     socket_.shut_down();
     ended_ = true;
+    on_end_.signal();
 }
 
 bool TcpReceiver::greet() {
     socket_.prepare_for_data(-1);  // acknowledgements alone
     socket_.set_timeout(std::chrono::milliseconds(kGreetingTimeout));
     Greeting greeting;
-    if (!read(&greeting, sizeof greeting)) return false;
+    // One call: the timeout is for all of it, however slowly the bytes come.
+    if (::recv(socket_.fd(), &greeting, sizeof greeting, MSG_WAITALL) != sizeof greeting) {
+        return false;
+    }
     socket_.set_timeout(std::chrono::milliseconds(0));
     return greeting.magic == Greeting::kMagic && equal(greeting.token, token_);
 }

@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "core/event_fd.hpp"
 #include "tcp/region_table.hpp"
 #include "tcp/tcp_frame.hpp"
 #include "tcp/tcp_socket.hpp"
@@ -25,9 +26,9 @@ class TcpReceiver {
   public:
     using NoticeHandler = std::function<void(std::string_view)>;
 
-    // `on_notice` runs on the connection's thread.
+    // `on_notice` runs on the connection's thread; `on_end` is signalled when that has ended.
     TcpReceiver(TcpSocket socket, const Token& token, std::shared_ptr<const RegionTable> regions,
-                NoticeHandler on_notice);
+                NoticeHandler on_notice, EventFd& on_end);
     // Stops.
     ~TcpReceiver();
     TcpReceiver(const TcpReceiver&) = delete;
@@ -50,6 +51,7 @@ class TcpReceiver {
     const Token token_;
     const std::shared_ptr<const RegionTable> regions_;
     const NoticeHandler on_notice_;
+    EventFd& on_end_;
     std::vector<WirePiece> pieces_;  // of the batch at hand
     std::string notice_;
     std::atomic<bool> ended_{false};

@@ -38,13 +38,12 @@ std::string head_of(const PutBatch& batch) {
 
 }  // namespace
 
-TcpSender::TcpSender(std::uint64_t peer_id, const SocketAddress& address, const Token& token,
-                     int traffic_class, std::shared_ptr<const RegionTable> regions,
+TcpSender::TcpSender(std::uint64_t peer_id, const SocketAddress& address,
+                     const SendOptions& options, std::shared_ptr<const RegionTable> regions,
                      EventQueue& events)
     : peer_id_(peer_id),
       address_(address),
-      token_(token),
-      traffic_class_(traffic_class),
+      options_(options),
       regions_(std::move(regions)),
       events_(events),
       thread_([this] { run(); }) {
@@ -110,12 +109,12 @@ void TcpSender::connect() {
         sleep(POLLOUT, static_cast<int>(std::chrono::milliseconds(kConnectTimeout).count()));
     }
     socket_->check_connected();
-    socket_->prepare_for_data(traffic_class_);
+    socket_->prepare_for_data(options_.traffic_class);
 }
 
 void TcpSender::greet() {
     Greeting greeting;
-    greeting.token = token_;
+    greeting.token = options_.token;
     // The first bytes of a connection always fit.
     if (::send(socket_->fd(), &greeting, sizeof greeting, MSG_NOSIGNAL) != sizeof greeting) {
         throw_tcp_error("greeting", errno);
@@ -232,29 +231,37 @@ void TcpSender::advance(std::size_t num_bytes) {
 
 // The shared file a piece lies in, or -1.
 int TcpSender::file_of(const Put& put) {
+    if (!options_.by_reference) return -1;
     if (!region_.span.contains(put.local, put.num_bytes)) {
         region_ = regions_->find(put.local, put.num_bytes).value_or(TcpRegion{});
     }
     return region_.file;
 }
 
+// What was acknowledged counts also when the connection ended right behind it.
 void TcpSender::read_acknowledgements() {
+    const std::string end = receive_acknowledgements();
+    std::size_t used = 0;
+    std::uint64_t batch_id = 0;
+    for (; acknowledged_.size() - used >= sizeof batch_id; used += sizeof batch_id) {
+        std::memcpy(&batch_id, acknowledged_.data() + used, sizeof batch_id);
+        retire(batch_id);
+    }
+    acknowledged_.erase(0, used);
+    if (!end.empty()) throw TcpError(end);
+}
+
+// Why the connection ended, if it did.
+std::string TcpSender::receive_acknowledgements() {
     std::array<char, 4096> bytes;
     while (true) {
         const ssize_t got = ::recv(socket_->fd(), bytes.data(), bytes.size(), MSG_DONTWAIT);
         if (got < 0 && errno == EINTR) continue;
-        if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) break;
-        if (got < 0) throw_tcp_error("peer lost", errno);
-        if (got == 0) throw TcpError("the peer closed the connection");
-        partial_acknowledgement_.append(bytes.data(), static_cast<std::size_t>(got));
+        if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return {};
+        if (got < 0) return std::string("peer lost: ") + std::strerror(errno);
+        if (got == 0) return "the peer closed the connection";
+        acknowledged_.append(bytes.data(), static_cast<std::size_t>(got));
     }
-    std::size_t used = 0;
-    std::uint64_t batch_id = 0;
-    for (; partial_acknowledgement_.size() - used >= sizeof batch_id; used += sizeof batch_id) {
-        std::memcpy(&batch_id, partial_acknowledgement_.data() + used, sizeof batch_id);
-        retire(batch_id);
-    }
-    partial_acknowledgement_.erase(0, used);
 }
 
 void TcpSender::retire(std::uint64_t batch_id) {
@@ -286,8 +293,9 @@ void TcpSender::finish(const std::string& why) {
     }
     if (socket_ && num_begun_ > 0) socket_->drop_unsent();
     socket_.reset();
-    for (const auto& batch : batches_) {
-        events_.push({TransportEvent::Kind::kPutDone, batch->id, false, why});
+    for (std::size_t i = 0; i < batches_.size(); ++i) {
+        const bool untouched = i >= num_begun_;
+        events_.push({TransportEvent::Kind::kPutDone, batches_[i]->id, false, why, untouched});
     }
     events_.push({TransportEvent::Kind::kPeerClosed, peer_id_, false, why});
 }

@@ -20,17 +20,24 @@
 
 namespace dualpath {
 
+struct SendOptions {
+    Token token{};
+    int traffic_class = -1;  // see TcpSocket::prepare_for_data
+    // Only to a peer of another kernel: within one, a socket's receive queue would hold our own
+    // pages, and a batch that we gave up could arrive later with what was written there since.
+    bool by_reference = false;
+};
+
 // A thread of its own connects and sends, and sleeps while there is nothing to do. A batch ends
 // when the peer acknowledged it, or with the connection; then kPeerClosed follows, as the last
 // event.
 //
-// Large pieces of a shared file go to the socket by reference (sendfile), so that the kernel copies
-// them once, at the target; small ones are gathered, a thousand a call. Until its batch has ended
-// a piece must not change for that reason too.
+// Small pieces are gathered, a thousand a call. Large pieces of a shared file go to the socket by
+// reference (sendfile): the kernel does not copy them here.
 class TcpSender {
   public:
-    TcpSender(std::uint64_t peer_id, const SocketAddress& address, const Token& token,
-              int traffic_class, std::shared_ptr<const RegionTable> regions, EventQueue& events);
+    TcpSender(std::uint64_t peer_id, const SocketAddress& address, const SendOptions& options,
+              std::shared_ptr<const RegionTable> regions, EventQueue& events);
     // Ends without waiting for the peer.
     ~TcpSender();
     TcpSender(const TcpSender&) = delete;
@@ -72,6 +79,7 @@ class TcpSender {
     void advance(std::size_t num_bytes);
     int file_of(const Put& put);
     void read_acknowledgements();
+    std::string receive_acknowledgements();
     void retire(std::uint64_t batch_id);
     void sleep(short events, int timeout_ms);
     int milliseconds_left() const;
@@ -79,8 +87,7 @@ class TcpSender {
 
     const std::uint64_t peer_id_;
     const SocketAddress address_;
-    const Token token_;
-    const int traffic_class_;
+    const SendOptions options_;
     const std::shared_ptr<const RegionTable> regions_;
     EventQueue& events_;
     EventFd wake_;
@@ -97,8 +104,8 @@ class TcpSender {
     std::deque<std::unique_ptr<PutBatch>> batches_;  // not ended, in order
     std::size_t num_begun_ = 0;                      // of them
     Outgoing out_;
-    TcpRegion region_;  // of the last piece
-    std::string partial_acknowledgement_;
+    TcpRegion region_;                           // of the last piece
+    std::string acknowledged_;                   // batch ids, the last perhaps in part
     std::optional<Clock::time_point> deadline_;  // of a disconnect
 
     std::thread thread_;

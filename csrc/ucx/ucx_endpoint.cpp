@@ -138,6 +138,7 @@ bool UcxEndpoint::can_post() {
 
 bool UcxEndpoint::post_puts() {
     if (!can_post()) return false;
+    if (!failure_.empty()) return true;  // the key was refused: the next turn acts on it
     bool worked = false;
     int puts_left = kPutsPerTurn;
     std::uint64_t posted_bytes = 0;
@@ -166,11 +167,13 @@ bool UcxEndpoint::post_puts() {
 
 void UcxEndpoint::write_put(Put& put) {
     ++put.batch->next;
+    put.batch->touched = true;
     memory_->write(put.remote, reinterpret_cast<const void*>(put.local), put.num_bytes);
 }
 
 void UcxEndpoint::post_put(Put& put) {
     ++put.batch->next;
+    put.batch->touched = true;
     const ucp_request_param_t param = with_callback(&UcxEndpoint::on_put, &put);
     ++put.batch->outstanding;
     put.batch->inflight_bytes += put.num_bytes;
@@ -212,6 +215,7 @@ void UcxEndpoint::post_notice(PutBatch& batch) {
     ucp_request_param_t param = with_callback(&UcxEndpoint::on_notice, &batch);
     param.op_attr_mask |= UCP_OP_ATTR_FIELD_FLAGS;
     param.flags = UCP_AM_SEND_FLAG_EAGER;
+    batch.touched = true;
     ++batch.outstanding;
     const ucs_status_ptr_t result =
         library().ucp_am_send_nbx(handle_, UcxWorker::kNoticeId, nullptr, 0, batch.notice.data(),
@@ -223,7 +227,8 @@ bool UcxEndpoint::retire_batches(EventQueue& events) {
     bool worked = false;
     while (!batches_.empty() && batches_.front()->ended()) {
         PutBatch& batch = *batches_.front();
-        events.push({TransportEvent::Kind::kPutDone, batch.id, batch.error.empty(), batch.error});
+        events.push({TransportEvent::Kind::kPutDone, batch.id, batch.error.empty(), batch.error,
+                     !batch.touched && !batch.error.empty()});
         batches_.pop_front();
         if (posting_ > 0) --posting_;
         worked = true;
@@ -256,10 +261,15 @@ void UcxEndpoint::finish(EventQueue& events, bool abandon) {
     if (failure_.empty()) failure_ = "disconnected";
     fail_batches(failure_);
     for (auto& batch : batches_) {
-        events.push({TransportEvent::Kind::kPutDone, batch->id, false, batch->error});
+        events.push(
+            {TransportEvent::Kind::kPutDone, batch->id, false, batch->error, !batch->touched});
         budget_->give_back(batch->inflight_bytes);
     }
     state_ = State::kFinished;
+}
+
+void UcxEndpoint::give_up(EventQueue& events) {
+    if (!finished()) finish(events, true);
 }
 
 void UcxEndpoint::note_failure(ucs_status_t status, const char* during) {

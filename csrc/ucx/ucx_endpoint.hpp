@@ -71,6 +71,8 @@ class UcxEndpoint {
     void disconnect(Clock::time_point now);
     // Closes without waiting for the target to take what is posted.
     void abort(const std::string& why, Clock::time_point now);
+    // Ends now, abandoned, whatever UCX still holds.
+    void give_up(EventQueue& events);
     // One step; events of ended batches go to `events`. Whether anything was done.
     bool advance(EventQueue& events, Clock::time_point now);
 

@@ -171,7 +171,8 @@ void UcxEngine::execute(PutCommand& command) {
         endpoint->enqueue(std::move(command.batch));
         return;
     }
-    events_.push({TransportEvent::Kind::kPutDone, command.batch->id, false, "the peer is closed"});
+    events_.push(
+        {TransportEvent::Kind::kPutDone, command.batch->id, false, "the peer is closed", true});
 }
 
 void UcxEngine::execute(DisconnectCommand& command) {
@@ -248,6 +249,12 @@ void UcxEngine::shut_down(const std::string& why) {
     listener_->close();
     while ((!connections_.empty() || !listener_->closed()) && Clock::now() < deadline) {
         if (!turn()) usleep(200);
+    }
+    // Those that could not close in time: UCX may call them back until the worker is gone.
+    for (Connection& connection : connections_) {
+        connection.endpoint->give_up(events_);
+        finished_.emplace_back(connection.endpoint->peer_id(), why);
+        connection.endpoint->release_worker()->keep(connection.endpoint);
     }
     report_finished();
     listener_.reset();

@@ -42,7 +42,7 @@ struct Side {
     }
     std::uint64_t connect(Side& to, const Token& token = kToken) {
         return engine.connect(SocketAddress::parse("127.0.0.1", to.engine.listen_port()), token,
-                              {to.staging.address(), kBytes});
+                              {to.staging.address(), kBytes}, true);
     }
 
     Staging staging;
@@ -148,6 +148,27 @@ TEST(tcp_engine_turns_a_stranger_away) {
     const auto events = from.events(2);
     CHECK(events.size() == 2 && !events[0].ok && events[1].kind == Kind::kPeerClosed);
     CHECK(to.staging.data()[0] == 0 && to.engine.poll().empty());
+}
+
+TEST(tcp_engine_says_what_was_never_sent) {
+    Side from;
+    std::uint16_t port = 0;
+    {
+        Side gone;
+        port = gone.engine.listen_port();
+    }
+    const std::uint64_t peer = from.engine.connect(SocketAddress::parse("127.0.0.1", port), kToken,
+                                                   {0x10000, kBytes}, true);
+    const Piece piece{from.staging.address(), 0x10000, 64};
+    bool refused = false;
+    try {
+        from.engine.put(peer, &piece, 1, "n");
+    } catch (const PeerClosedError&) {
+        refused = true;  // the connection had failed already
+    }
+    const auto events = from.events(refused ? 1 : 2);
+    CHECK(events.back().kind == Kind::kPeerClosed);
+    CHECK(refused || (!events[0].ok && events[0].untouched));
 }
 
 TEST(tcp_socket_puts_its_data_in_a_traffic_class) {

@@ -171,6 +171,10 @@ class TransferBook:
         if transfer is not None:
             transfer.on_stop_query(query.contact)
             return
+        # What waits for slots must not be granted them, and push, after we said that we do not.
+        if (withdraw := self._waiting.pop(query.key, None)) is not None:
+            withdraw()
+            self._refuse(query.key, "the peer has given this transfer up")
         self._bury(query.key)
         contact = query.contact
         self.ports.peers.notify(contact, WriterStopped(query.key, contact.boot_id))

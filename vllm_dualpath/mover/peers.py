@@ -45,12 +45,20 @@ class PutOutcome(Enum):
 PutCallback = Callable[[PutOutcome], None]
 
 
+def _outcome(event: PutDone) -> PutOutcome:
+    if event.ok:
+        return PutOutcome.DONE
+    return PutOutcome.REFUSED if event.untouched else PutOutcome.AMBIGUOUS
+
+
 @dataclass(slots=True)
 class _Connection:
     peer: Peer
     peer_id: int
-    open_puts: dict[int, tuple[PutCallback, float]] = field(default_factory=dict)
-    """By put id: what to call, and when it was submitted."""
+    open_puts: dict[int, PutCallback] = field(default_factory=dict)
+    """By put id: what to call."""
+    progress_s: float = 0.0
+    """When a put last ended, or the first of those open was submitted."""
 
 
 class PeerDirectory:
@@ -87,7 +95,9 @@ class PeerDirectory:
             logger.warning("push to %s failed: %s", peer.engine_id, exc)
             self._loop.call_later(0.0, partial(done, PutOutcome.REFUSED))
             return
-        connection.open_puts[put_id] = (done, self._loop.now_s())
+        if not connection.open_puts:
+            connection.progress_s = self._loop.now_s()
+        connection.open_puts[put_id] = done
 
     def notify(self, peer: Peer, notice: Notice, retry_s: float = _NOTIFY_RETRY_S) -> None:
         """Deliver a notice after everything put to the peer before; repeat until it is or it died.
@@ -123,7 +133,7 @@ class PeerDirectory:
             self.forget(boot_id)
 
     def stalled(self, now_s: float, deadline_s: float) -> set[bytes]:
-        """Boot ids of peers that a put has waited for longer than ``deadline_s``.
+        """Boot ids of peers to which puts are open and none has ended for ``deadline_s``.
 
         Their endpoints stay: what was put through a closed one may still arrive, later than a
         ``WriterStopped`` sent through the next.
@@ -131,7 +141,7 @@ class PeerDirectory:
         return {
             boot_id
             for boot_id, connection in self._current.items()
-            if any(now_s - since > deadline_s for _, since in connection.open_puts.values())
+            if connection.open_puts and now_s - connection.progress_s > deadline_s
         }
 
     @property
@@ -170,7 +180,8 @@ class PeerDirectory:
             if found is not None:
                 if not event.ok:
                     logger.warning("push failed: %s", event.error)
-                found[0](PutOutcome.DONE if event.ok else PutOutcome.AMBIGUOUS)
+                connection.progress_s = self._loop.now_s()
+                found(_outcome(event))
                 return
 
     def _notice(self, event: NoticeReceived) -> None:
@@ -190,5 +201,5 @@ class PeerDirectory:
             logger.warning("connection to peer %s ended: %s", boot_id.hex()[:12], event.error)
             del self._current[boot_id]
         open_puts, connection.open_puts = connection.open_puts, {}
-        for callback, _ in open_puts.values():
+        for callback in open_puts.values():
             callback(PutOutcome.AMBIGUOUS)

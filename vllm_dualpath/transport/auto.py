@@ -102,7 +102,7 @@ class AutoTransport(Transport):
     def connect(self, peer_address: bytes, region_descriptor: bytes, *, same_host: bool) -> int:
         peer = unpack(peer_address, _Pair)
         region = unpack(region_descriptor, _Pair)
-        if self._ucx.suits(peer.ucx, same_host=same_host):
+        if self._ucx.suits(peer.ucx, region.ucx, same_host=same_host):
             return self._ucx.connect(peer.ucx, region.ucx, same_host=same_host)
         if self._require_rdma and not same_host:
             raise TransportError(f"require_rdma: the peer has no RDMA device; {_INSTALL_RDMA}")

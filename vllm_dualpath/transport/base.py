@@ -9,7 +9,7 @@ Rules every implementation keeps (``tests/transport/contract.py``):
 * A notice is delivered to the target only after every byte of its batch, and of every batch
   submitted earlier to the same peer, is visible in the target's memory.
 * Until its ``PutDone`` arrives, the local memory of a batch must not change.
-* ``PutDone(ok=False)`` proves nothing about which bytes arrived.
+* ``PutDone(ok=False)`` proves nothing about which bytes arrived, unless it is ``untouched``.
 * Events are read with ``poll`` by one thread. ``fileno`` becomes readable when there are some;
   nothing spins, and an idle transport uses no CPU.
 * All methods may be called from one owner thread only, ``close`` included; no callback enters
@@ -46,6 +46,8 @@ class PutDone:
     put_id: int
     ok: bool
     error: str
+    untouched: bool = False
+    """Not ``ok``, and no byte was sent nor will be: there is nothing to wait for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,13 +42,13 @@ def unpack(data: bytes, frame_type: type[_FrameT]) -> _FrameT:
         raise TransportError(f"not a {name}: {exc}") from exc
 
 
-def event_of(kind: int, event_id: int, ok: bool, text: bytes) -> Event:
+def event_of(kind: int, event_id: int, ok: bool, text: bytes, untouched: bool) -> Event:
     """A native event as ``base`` has it."""
     if kind == _NOTICE:
         return NoticeReceived(text)
     error = text.decode(errors="replace")
     if kind == _PUT_DONE:
-        return PutDone(event_id, ok, error)
+        return PutDone(event_id, ok, error, untouched)
     return PeerClosed(event_id, error)
 
 

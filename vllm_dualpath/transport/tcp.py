@@ -1,9 +1,9 @@
 """Moving bytes over TCP: to peers that neither shared memory nor RDMA reaches.
 
 The work is done by ``native.TcpEngine``: a connection and a thread each way to a peer. Pieces are
-gathered from and scattered into the staging memories by the kernel, large ones leave this process
-without a copy. A connection is taken only from peers that know this transport's token, which its
-region descriptors carry; what is sent is neither signed nor encrypted.
+gathered from and scattered into the staging memories by the kernel; to another host large ones
+leave this process without a copy. A connection is taken only from peers that know this transport's
+token, which its region descriptors carry; what is sent is neither signed nor encrypted.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ipaddress
 import secrets
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -24,12 +25,14 @@ _MAX_PUT_BYTES = 1 << 30
 _TOKEN_BYTES = 16
 
 
-class _Address(msgspec.Struct, frozen=True, array_like=True, tag="tcp-address-1"):
+class _Address(msgspec.Struct, frozen=True, array_like=True, tag="tcp-address-2"):
     """TCP address."""
 
     nonce: bytes
     host: str
     port: int
+    kernel: str
+    """Of the host: its boot id."""
 
 
 class _Descriptor(msgspec.Struct, frozen=True, array_like=True, tag="tcp-region-1"):
@@ -86,7 +89,7 @@ class TcpTransport(Transport):
 
     @property
     def address(self) -> bytes:
-        return pack(_Address(self._nonce, self._host, self._port))
+        return pack(_Address(self._nonce, self._host, self._port, _kernel()))
 
     def register(self, address: int, num_bytes: int, *, fd: int | None = None) -> Region:
         self._check_open()
@@ -104,7 +107,13 @@ class TcpTransport(Transport):
             raise TransportError("address and region descriptor are of different transports")
         with translated():
             return self._engine.connect(
-                peer.host, peer.port, region.token, region.address, region.num_bytes
+                peer.host,
+                peer.port,
+                region.token,
+                region.address,
+                region.num_bytes,
+                # Within one kernel the peer's socket would hold our own pages, not copies.
+                by_reference=peer.kernel != _kernel(),
             )
 
     def put(self, peer_id: int, pieces: PutArray, notice: bytes) -> int:
@@ -127,3 +136,7 @@ class TcpTransport(Transport):
     def _check_open(self) -> None:
         if self._closed:
             raise TransportError("the transport is closed")
+
+
+def _kernel() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

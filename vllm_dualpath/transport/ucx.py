@@ -136,13 +136,14 @@ class UcxTransport(Transport):
         """The library and its transports."""
         return self._report
 
-    def suits(self, peer_address: bytes, *, same_host: bool) -> bool:
+    def suits(self, peer_address: bytes, region_descriptor: bytes, *, same_host: bool) -> bool:
         """Whether there is a way by shared memory or RDMA to this peer.
 
         Raises ``TransportError`` on bad input.
         """
         peer = unpack(peer_address, _Address)
-        if same_host and peer.memory_domain == self._memory_domain != "":
+        file = unpack(region_descriptor, _Descriptor).file
+        if same_host and peer.memory_domain == self._memory_domain != "" and _may_open(file):
             return True
         return peer.has_rdma and self._report.has_rdma
 
@@ -206,7 +207,7 @@ class UcxTransport(Transport):
             return native.PeerMemory(
                 file.pid, file.fd, file.device, file.inode, region.address, region.num_bytes
             )
-        except RuntimeError as exc:
+        except (OSError, RuntimeError, TypeError) as exc:
             logger.info("a peer's memory cannot be mapped, trying CMA: %s", exc)
             return None
 
@@ -235,3 +236,16 @@ def _memory_domain(transports: tuple[str, ...]) -> str:
 def _describe_file(fd: int) -> _File:
     stat = os.fstat(fd)
     return _File(os.getpid(), fd, stat.st_dev, stat.st_ino)
+
+
+def _may_open(file: _File | None) -> bool:
+    """False if the kernel forbids to open the peer's file: then CMA, which asks more, is too."""
+    if file is None:
+        return True
+    try:
+        Path(f"/proc/{file.pid}/fd/{file.fd}").stat()
+    except PermissionError:
+        return False
+    except OSError as exc:
+        logger.debug("a peer's memory is gone, it will be found dead: %s", exc)
+    return True
