@@ -105,7 +105,7 @@ def test_doctor_reports_every_check_as_json(
     assert found["store"]["level"] == "ok"
     assert "MB/s" in found["store bandwidth"]["found"]
     assert list(tmp_path.iterdir()) == []
-    assert {"vLLM", "UCX", "RDMA", "CMA", "locked memory", "open files"} <= found.keys()
+    assert {"vLLM", "UCX", "RDMA", "shared memory", "locked memory", "open files"} <= found.keys()
     assert run("doctor", "--store", f"file://{tmp_path}/missing", "--json") == 1
     found = {check["name"]: check for check in json.loads(capsys.readouterr().out)}
     assert found["store"]["level"] == "fail"
@@ -125,7 +125,7 @@ def test_doctor_sees_a_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_cma_check_notices_a_kernel_that_refuses() -> None:
     """The writer fails with the kernel's reason where the address is no one's."""
-    probe = [sys.executable, "-m", "vllm_dualpath.cli.checks.cma_probe", "write"]
+    probe = [sys.executable, "-m", "vllm_dualpath.cli.checks.peer_memory_probe", "write"]
     result = subprocess.run([*probe, str(os.getpid()), "8"], capture_output=True, text=True)
     assert result.returncode == 1
     assert "process_vm_writev" in result.stderr

@@ -65,6 +65,8 @@ class TwoMovers(RuleBasedStateMachine):
         self.pair = Pair()
         self.attempts: list[Attempt] = []
         self.router_lost = False
+        self.router_died = False
+        """It says nothing more, to nobody: between two ``Stage``s, or after."""
 
     # --- router ----------------------------------------------------------------------------------
 
@@ -76,7 +78,7 @@ class TwoMovers(RuleBasedStateMachine):
     )
     def begin(self, progress: int, split: int, hits: int, missing: int) -> None:
         """A new transfer, perhaps brought along quickly: chance alone would rarely get it far."""
-        if len(self.attempts) >= 3:
+        if len(self.attempts) >= 3 or self.router_died:
             return
         prompt = Prompt(21, seed=len(self.attempts))
         for idx in range(hits):
@@ -113,7 +115,7 @@ class TwoMovers(RuleBasedStateMachine):
             self._go_on(attempt, roles)
 
     def _go_on(self, attempt: Attempt, roles: tuple[str, ...]) -> None:
-        if attempt.ended or attempt.staged or "decode" not in attempt.slots:
+        if attempt.ended or attempt.staged or "decode" not in attempt.slots or self.router_died:
             return
         if "prefill" not in attempt.asked:
             attempt.asked.add("prefill")
@@ -122,6 +124,7 @@ class TwoMovers(RuleBasedStateMachine):
         elif "prefill" in attempt.slots:
             for role in roles:
                 self._stage(role, attempt)
+            self.router_died = len(roles) == 1
 
     def _stage(self, role: str, attempt: Attempt) -> None:
         attempt.staged.add(role)
@@ -138,7 +141,7 @@ class TwoMovers(RuleBasedStateMachine):
     @rule(choice=ANY, role=ROLES, drain=st.booleans())
     def end(self, choice: int, role: str, drain: bool) -> None:
         attempt = self._pick(choice)
-        if attempt is not None and role in attempt.asked:
+        if attempt is not None and role in attempt.asked and not self.router_died:
             attempt.ended.add(role)
             self._side(role).book.end(attempt.key, drain)
 
@@ -222,6 +225,8 @@ class TwoMovers(RuleBasedStateMachine):
                 attempt = next((each for each in self.attempts if each.key == key), None)
                 if attempt is None:
                     continue
+                if self.router_died and not isinstance(message, Ended):
+                    continue
                 if isinstance(message, Reserved):
                     attempt.slots[side.role] = message.slots
                 elif isinstance(message, Ended):
@@ -239,9 +244,9 @@ class TwoMovers(RuleBasedStateMachine):
         """Everything ends and every claim is released: then every slot is free."""
         for role in ("prefill", "decode"):
             for attempt in self.attempts:
-                if role not in attempt.ended and role in attempt.asked:
+                if role not in attempt.ended and role in attempt.asked and not self.router_died:
                     self._side(role).book.end(attempt.key, False)
-        if self.router_lost:
+        if self.router_lost or self.router_died:
             for side in self.pair.sides:
                 side.book.router_lost()
         for attempt in self.attempts:

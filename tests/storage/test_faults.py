@@ -344,3 +344,25 @@ def test_reads_do_not_wait_behind_stores(faulty: FaultyDirectory, way: str) -> N
     faulty.heal()
     assert {each.ticket for each in wait_finished(store, 4)} == set(tickets)
     store.close()
+
+
+def test_a_full_store_is_opened(tmp_path: Path) -> None:
+    """A store without a free byte is read from, and evicted from; a cache ends up so."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small file system")
+    root = tmp_path / "small"
+    root.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(root)], check=True)
+    try:
+        PosixStore(f"file://{root}", FINGERPRINT, GEOMETRY).close()
+        (root / "ballast").write_bytes(bytes(free_bytes(root)))
+        assert free_bytes(root) == 0
+        PosixStore(f"file://{root}", FINGERPRINT, GEOMETRY).close()
+    finally:
+        subprocess.run(["umount", str(root)], check=True)
+
+
+def free_bytes(directory: Path) -> int:
+    """Of the file system."""
+    status = os.statvfs(directory)
+    return status.f_bavail * status.f_frsize

@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.text import Text
 
 from vllm_dualpath.cli.checks.base import Check
-from vllm_dualpath.cli.checks.cma import check_cma
 from vllm_dualpath.cli.checks.host import (
     check_memlock,
     check_open_files,
     check_port,
     check_shared_memory,
 )
+from vllm_dualpath.cli.checks.peer_memory import check_peer_memory
 from vllm_dualpath.cli.checks.software import check_ucx, check_vllm
 from vllm_dualpath.cli.checks.store import check_store
 
@@ -48,7 +48,7 @@ def doctor(
 def _run(store: str | None, ports: tuple[int, ...]) -> Iterator[Check]:
     yield check_vllm()
     yield from check_ucx()
-    yield check_cma()
+    yield check_peer_memory()
     yield check_memlock()
     yield check_open_files()
     yield check_shared_memory()

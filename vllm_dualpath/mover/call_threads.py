@@ -30,6 +30,8 @@ class Call:
     started_s: float | None = None
     num_bytes: int = 0
     error: StorageError | None = None
+    threads: CallThreads | None = None
+    """Those it was submitted to."""
 
 
 class CallThreads:
@@ -54,8 +56,14 @@ class CallThreads:
         """Readable while finished calls wait for ``drain``."""
         return self._event_fd
 
+    @property
+    def num_waiting(self) -> int:
+        """Calls that no thread has taken; approximate."""
+        return self._waiting.qsize()
+
     def submit(self, call: Call) -> None:
         """Run it when a thread is free."""
+        call.threads = self
         self._waiting.put(call)
 
     def cancel(self, call: Call) -> bool:

@@ -190,7 +190,15 @@ def evict(ports: Ports, hashes: tuple[bytes, ...]) -> None:
     def remove() -> int:
         nonlocal leased
         leased = ports.store.acquire_eviction_lease(owner, _LEASE_S)
-        return sum(map(ports.store.remove, hashes)) if leased else 0
+        return sum(map(remove_one, hashes)) if leased else 0
+
+    def remove_one(block_hash: bytes) -> int:
+        try:
+            return ports.store.remove(block_hash)
+        except StorageError as exc:
+            # The others shall go all the same; this one is found again by the next scan.
+            logger.warning("eviction: %s", exc)
+            return 0
 
     def done(task: IoTask) -> None:
         if task.error is None and not leased:

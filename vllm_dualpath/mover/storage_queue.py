@@ -22,6 +22,7 @@ from vllm_dualpath.storage.base import AsyncBlockStore, BlockStore, Finished, Re
 _CLOSE_S = 10.0
 
 _NUM_CALL_THREADS = 2
+_MAX_TOUCHES = 256
 """For scans and removals, which may each take minutes."""
 
 Work = ReadBlock | WriteBlock | Callable[[], int]
@@ -46,6 +47,14 @@ class IoTask:
     error: StorageError | None = None
 
 
+def _call_of(run: Callable[[], None], ended: Callable[[Call], None]) -> Call:
+    def call() -> int:
+        run()
+        return 0
+
+    return Call(call, ended)
+
+
 class StorageQueue:
     """Owned by the loop's thread. ``num_threads``: of a store that has none of its own."""
 
@@ -61,8 +70,10 @@ class StorageQueue:
         self._last_read_s = 0.0
         """When a read last ended, or the first was queued."""
         self._calls = CallThreads("call", _NUM_CALL_THREADS, loop)
-        self._follow_ups = CallThreads("follow-up", 1, loop)
-        self._lanes = [self._calls, self._follow_ups]
+        self._touches = CallThreads("touch", 1, loop)
+        self._quarantines = CallThreads("quarantine", 1, loop)
+        """Apart: a bad block's end must not wait behind notes of use."""
+        self._lanes = [self._calls, self._touches, self._quarantines]
         if self._async_store is None:
             self._read_threads = CallThreads("read", num_threads, loop)
             self._write_threads = CallThreads("write", num_threads, loop)
@@ -97,7 +108,8 @@ class StorageQueue:
         if handle is None or task.cancelled:
             return
         if isinstance(handle, Call):
-            task.cancelled = any(lane.cancel(handle) for lane in self._lanes)
+            assert handle.threads is not None, "a call is submitted before it is known here"
+            task.cancelled = handle.threads.cancel(handle)
         elif self._async_store is not None:
             task.cancelled = self._async_store.cancel(handle)
 
@@ -169,18 +181,15 @@ class StorageQueue:
         task.cancelled = finished.cancelled
         if finished.follow_up is not None and finished.error is not None:
             # A bad block is out of the store before anybody can ask for it, or store it, again.
-            self._follow_up(finished.follow_up, lambda _call: self._end(task))
+            quarantine = _call_of(finished.follow_up, lambda _call: self._end(task))
+            group = self._reads if task in self._reads else self._writes
+            group[task] = quarantine  # so that one that hangs is seen to
+            self._quarantines.submit(quarantine)
             return
         self._end(task)
-        if finished.follow_up is not None:
-            self._follow_up(finished.follow_up, _nothing)
-
-    def _follow_up(self, run: Callable[[], None], ended: Callable[[Call], None]) -> None:
-        def call() -> int:
-            run()
-            return 0
-
-        self._follow_ups.submit(Call(call, ended))
+        # On a slow store notes of use are dropped: they only order evictions.
+        if finished.follow_up is not None and self._touches.num_waiting < _MAX_TOUCHES:
+            self._touches.submit(_call_of(finished.follow_up, _nothing))
 
     def _call_ended(self, task: IoTask, call: Call) -> None:
         task.num_bytes, task.error = call.num_bytes, call.error

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vllm_dualpath.blocks import ALIGNMENT_BYTES
 from vllm_dualpath.config import StoreIo
-from vllm_dualpath.errors import ConfigError, StorageError
+from vllm_dualpath.errors import ConfigError, StorageError, StoreFull
 from vllm_dualpath.storage.block_io import Backend, BlockIo, IoChoice, IoStatus
 from vllm_dualpath.storage.directio import aligned_buffer
 from vllm_dualpath.storage.format import FileLayout
@@ -63,11 +63,15 @@ def _try(directory: Path, choice: IoChoice) -> str:
     scratch = directory / f"probe-{os.getpid()}-{os.urandom(8).hex()}"
     try:
         return _transfer(io, scratch)
+    except StoreFull:
+        # The files were opened, so the way works: a full store is to be read, and evicted from.
+        return ""
     except StorageError as exc:
         return str(exc)
     finally:
-        io.close()
         scratch.unlink(missing_ok=True)
+        Path(f"{scratch}-new").unlink(missing_ok=True)
+        io.close()
 
 
 def _transfer(io: BlockIo, scratch: Path) -> str:

@@ -1,8 +1,9 @@
-"""The two processes of the CMA check: ``target``, and ``write PID ADDRESS``."""
+"""The processes of the check: ``target``, ``write PID ADDRESS`` and ``map PID FD``."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import sys
 
@@ -17,14 +18,16 @@ class _IoVec(ctypes.Structure):
 
 
 def _target() -> None:
-    """Print the address of some memory; when told to look, say whether it was written."""
+    """Print address and descriptor of some memory; when told to look, say if it was written."""
     libc = ctypes.CDLL(None, use_errno=True)
     # As UCX does where Yama asks for it; an error means that there is no Yama to ask.
     libc.prctl(_PR_SET_PTRACER, _PR_SET_PTRACER_ANY, 0, 0, 0)
-    memory = ctypes.create_string_buffer(len(WORD))
-    print(ctypes.addressof(memory), flush=True)
+    fd = os.memfd_create("dualpath-probe")
+    os.ftruncate(fd, mmap.PAGESIZE)
+    memory = mmap.mmap(fd, mmap.PAGESIZE)
+    print(ctypes.addressof(ctypes.c_char.from_buffer(memory)), fd, flush=True)
     sys.stdin.read()
-    print("written" if memory.raw == WORD else "unchanged", flush=True)
+    print("written" if memory[: len(WORD)] == WORD else "unchanged", flush=True)
 
 
 def _write(pid: int, address: int) -> None:
@@ -40,8 +43,19 @@ def _write(pid: int, address: int) -> None:
         sys.exit(f"process_vm_writev: {os.strerror(ctypes.get_errno())}")
 
 
+def _map(pid: int, remote_fd: int) -> None:
+    """Write ``WORD`` through a mapping; exit code 1 and the reason if that is refused."""
+    try:
+        fd = os.open(f"/proc/{pid}/fd/{remote_fd}", os.O_RDWR)
+        mmap.mmap(fd, mmap.PAGESIZE)[: len(WORD)] = WORD
+    except OSError as exc:
+        sys.exit(str(exc))
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "target":
         _target()
+    elif sys.argv[1] == "map":
+        _map(int(sys.argv[2]), int(sys.argv[3]))
     else:
         _write(int(sys.argv[2]), int(sys.argv[3]))
