@@ -71,7 +71,13 @@ def llama_running(
     """Without vLLM's own prefix cache: every hit is ours."""
     store = tmp_path_factory.mktemp("llama-store")
     deployment = Deployment(
-        LLAMA, llama_dir, store, log_root / "llama", engine_args=NO_PREFIX_CACHING
+        LLAMA,
+        llama_dir,
+        store,
+        log_root / "llama",
+        engine_args=NO_PREFIX_CACHING,
+        # A read of a FIFO, which stands for a store that hangs, hangs in a thread alone.
+        extra_config={"store_io": "threads"},
     )
     with deployment:
         yield deployment
