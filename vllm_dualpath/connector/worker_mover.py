@@ -44,7 +44,7 @@ class WorkerMover:
         self._on_lost = on_lost
         self._process = MoverProcess(spec)
         self._staging: Staging | None = None
-        self._of_step: Staging | None = None
+        self._named: Set[bytes] = frozenset()
         self._scheduler_boot: bytes | None = None
         self._last_step_s = self._lost_s = time.monotonic()
         self._gone: bytes | None = None
@@ -58,20 +58,18 @@ class WorkerMover:
 
         The mapping of a mover that the step names stays until ``end_step``.
         """
-        self.end_step()
         with self._changed:
             self._last_step_s = time.monotonic()
             self._scheduler_boot = scheduler_boot
-            staging = self._staging
-            if staging is not None and staging.boot_id in boot_ids and staging.acquire():
-                self._of_step = staging
+            self._named = boot_ids
             self._changed.notify_all()
 
     def end_step(self) -> None:
         """The step has acquired what its orders use."""
-        if self._of_step is not None:
-            self._of_step.release()
-            self._of_step = None
+        if self._named:
+            with self._changed:
+                self._named = frozenset()
+                self._changed.notify_all()
 
     def acquire(self, boot_id: bytes) -> Staging | None:
         """The staging memory of mover ``boot_id``, to be released after use; ``None`` if it is
@@ -91,7 +89,6 @@ class WorkerMover:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self.end_step()
         was_attached = self.connection.boot_id is not None
         self.connection.close()
         self._process.stop(was_attached=was_attached)
@@ -135,9 +132,10 @@ class WorkerMover:
                     and self._scheduler_boot != self._staging.boot_id
                 )
                 idle_s = time.monotonic() - max(self._last_step_s, self._lost_s)
-                if moved_on or idle_s >= _IDLE_S:
+                named = self._staging.boot_id in self._named
+                if not named and (moved_on or idle_s >= _IDLE_S):
                     return
-                self._changed.wait(_IDLE_S - idle_s)
+                self._changed.wait(None if named else _IDLE_S - idle_s)
 
     def _retire(self) -> None:
         staging = self._staging
