@@ -12,14 +12,18 @@
 namespace dualpath {
 namespace {
 
-// The thread that started us may be bound to cores that compute: stay off them if there are others.
-// Not being allowed to costs speed only.
+// The thread that started us may be bound to cores that compute: stay off them if there are others
+// that this process may use. A thread that woke up on such a core would take it from the forward
+// pass, and what is in its caches.
 void leave_compute_cores() {
-    cpu_set_t all;
-    CPU_ZERO(&all);
+    cpu_set_t bound, others;
+    if (sched_getaffinity(0, sizeof bound, &bound) != 0) return;
+    CPU_ZERO(&others);
     const long num_cpus = std::min<long>(sysconf(_SC_NPROCESSORS_CONF), CPU_SETSIZE);
-    for (long cpu = 0; cpu < num_cpus; ++cpu) CPU_SET(static_cast<std::size_t>(cpu), &all);
-    (void)sched_setaffinity(0, sizeof all, &all);
+    for (std::size_t cpu = 0; cpu < static_cast<std::size_t>(num_cpus); ++cpu) {
+        if (!CPU_ISSET(cpu, &bound)) CPU_SET(cpu, &others);
+    }
+    (void)sched_setaffinity(0, sizeof others, &others);  // refused where there are none
 }
 
 template <class Action>

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +39,26 @@ def test_refused_copy_leaves_no_report_behind(copies):
     reports.after_all(lambda _done: seen.append(2))
     reports.close()
     assert seen == [2]
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one core to run on")
+def test_threads_keep_off_the_cores_of_the_forward_pass():
+    """Copies and reports run elsewhere than the thread that is bound to a core, which stays."""
+    mine = os.sched_getaffinity(0)
+    before = {each.name for each in Path("/proc/self/task").iterdir()}
+    os.sched_setaffinity(0, {min(mine)})
+    try:
+        engine = HostCopies()
+        reports = Reports(engine)
+        reported = threading.Event()
+        reports.after_all(lambda _done: reported.set())
+        assert reported.wait(10)
+        started = {each.name for each in Path("/proc/self/task").iterdir()} - before
+        assert len(started) == 2
+        for thread in started:
+            assert os.sched_getaffinity(int(thread)) == mine - {min(mine)}
+        assert os.sched_getaffinity(0) == {min(mine)}
+        reports.close()
+        engine.close()
+    finally:
+        os.sched_setaffinity(0, mine)

@@ -9,18 +9,17 @@ which background loads go on when their mark is reached.
 from __future__ import annotations
 
 import mmap
-import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
 from vllm.logger import init_logger
 
 from vllm_dualpath.blocks import Geometry
+from vllm_dualpath.connector.affinity import leave_compute_cores
 from vllm_dualpath.connector.metadata import PageCopy
 from vllm_dualpath.connector.paging import PagedCaches
 from vllm_dualpath.errors import ConfigError, TransferTimeout
@@ -230,9 +229,7 @@ class CopyThread:
             raise TransferTimeout(f"thread {self._thread.name} did not end in {_JOIN_S} s")
 
     def _run(self) -> None:
-        # vLLM binds the thread that started this one to its compute cores: stay off them.
-        with suppress(OSError):
-            os.sched_setaffinity(0, range(os.cpu_count() or 1))
+        leave_compute_cores()
         while (job := self._jobs.get()) is not None:
             try:
                 job()

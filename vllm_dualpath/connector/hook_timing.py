@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -199,6 +200,8 @@ def main() -> None:
     parser.add_argument("--pages", type=int, nargs="+", required=True)
     parser.add_argument("--steps", type=int, required=True)
     arguments = parser.parse_args()
+    # As vLLM binds a forward pass on a CPU; our own threads keep off its core if there is another.
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     with tempfile.TemporaryDirectory(prefix="dualpath-hooks-") as name:
         rig = HookRig(Path(name), max(arguments.pages))
         try:

@@ -6,14 +6,13 @@ when a copy has ended. Waking a thread at each layer would take that long from e
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 
 from vllm.logger import init_logger
 
+from vllm_dualpath.connector.affinity import leave_compute_cores
 from vllm_dualpath.connector.copies import CopyEngine, Mark, Rows
 from vllm_dualpath.errors import TransferTimeout
 
@@ -69,9 +68,7 @@ class Reports:
         self._ended = True
 
     def _run(self) -> None:
-        # vLLM binds the thread that started this one to its compute cores: stay off them.
-        with suppress(OSError):
-            os.sched_setaffinity(0, range(os.cpu_count() or 1))
+        leave_compute_cores()
         seen, failure = 0, ""
         while not self._ended:
             count, error = self._engine.wait_reports(seen)
