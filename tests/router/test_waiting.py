@@ -170,6 +170,23 @@ async def test_split_gives_the_slower_nic_less_as_measured() -> None:
         await harness.idle()
 
 
+async def test_a_hit_that_is_computed_sooner_than_read_is_not_read() -> None:
+    """With ``recompute``, the rate of computing and measured rates of reading."""
+    async with pair(
+        stored_blocks(IDS, 3), recompute=True, prefill_tokens_per_s=1e9, heartbeat_s=30
+    ) as harness:
+        await harness.post(body())
+        assert harness.d.of(Stage)[0].num_hit_blocks == 3  # nothing is known of reading yet
+        engine = harness.router.cluster.by_id("p")
+        assert engine is not None
+        engine.heartbeat(MoverStats(), 1.0)
+        slow = MoverStats(storage_read_bytes=5000 * 64, storage_read_busy_s=1.0)
+        engine.heartbeat(slow, 2.0)
+        await harness.post(body())
+        assert harness.d.of(Stage)[1].num_hit_blocks == 0
+        await harness.idle()
+
+
 async def test_a_place_that_comes_when_its_request_has_left_is_given_back() -> None:
     """Between the two there is a moment in which both are true."""
     line: Line[str] = Line()
