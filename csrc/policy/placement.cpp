@@ -44,6 +44,13 @@ std::uint32_t least(const ClusterView& view, const Able& able, const KeyOf& key_
     return best;
 }
 
+// Among engines that are nearly alike: most cached blocks first, then whose node reads soonest.
+auto near_key(const ClusterView& view, const Request& request, std::uint32_t e) {
+    const EngineState& engine = view.engines[e];
+    return std::tuple(-static_cast<std::int64_t>(cached_blocks(request, e)),
+                      view.read_queue_s(engine.node), engine.num_requests, engine.num_tokens);
+}
+
 std::uint32_t by_turn(const ClusterView& view, const Request& request, Role role) {
     std::uint64_t num_able = 0;
     for (const EngineState& engine : view.engines) num_able += could_take(engine, role, request);
@@ -125,13 +132,7 @@ std::uint32_t Placer::choose_prefill(const ClusterView& view, const Request& req
         return engine.num_tokens <= most && able(engine) &&
                (only_long || has_short_queue(view, engine.node));
     };
-    // Most cached blocks first, then who reads soonest.
-    using NearKey = std::tuple<std::int64_t, double, std::int64_t>;
-    return least(view, is_near, [&](std::uint32_t e) {
-        const EngineState& engine = view.engines[e];
-        return NearKey{-static_cast<std::int64_t>(cached_blocks(request, e)),
-                       view.read_queue_s(engine.node), engine.num_tokens};
-    });
+    return least(view, is_near, [&](std::uint32_t e) { return near_key(view, request, e); });
 }
 
 std::uint32_t Placer::choose_decode(const ClusterView& view, const Request& request) {
@@ -145,24 +146,22 @@ std::uint32_t Placer::choose_decode(const ClusterView& view, const Request& requ
     const double level_tokens = level(groups_[group], request);
     // Under the level by requests, over it by tokens, and never over it while one is under.
     using Key = std::pair<bool, std::int64_t>;
-    const auto key_of = [&](std::uint32_t e) {
-        const EngineState& engine = view.engines[e];
+    const auto key_of = [&](const EngineState& engine) {
         const bool is_over =
             static_cast<double>(engine.num_tokens + request.num_tokens) > level_tokens;
         return Key{is_over, is_over ? engine.num_tokens : engine.num_requests};
     };
-    const std::uint32_t best = least(view, able, key_of);
+    const std::uint32_t best =
+        least(view, able, [&](std::uint32_t e) { return key_of(view.engines[e]); });
     if (best == kNone || !is_balanced()) return best;
-    const Key least_key = key_of(best);
+    const Key least_key = key_of(view.engines[best]);
     const double most = static_cast<double>(least_key.second) * (1 + parameters_.near_tie);
-    using NearKey = std::tuple<bool, double, std::int64_t, std::int64_t>;
-    return least(view, able, [&](std::uint32_t e) {
-        const EngineState& engine = view.engines[e];
-        const auto [is_over, load] = key_of(e);
-        const bool is_near = is_over == least_key.first && static_cast<double>(load) <= most;
-        return NearKey{!is_near, is_near ? view.read_queue_s(engine.node) : 0, load,
-                       engine.num_tokens};
-    });
+    const auto is_near = [&](const EngineState& engine) {
+        if (!able(engine)) return false;
+        const Key key = key_of(engine);
+        return key.first == least_key.first && static_cast<double>(key.second) <= most;
+    };
+    return least(view, is_near, [&](std::uint32_t e) { return near_key(view, request, e); });
 }
 
 void Placer::sum_groups(const ClusterView& view, const Request& request) {

@@ -131,7 +131,7 @@ async def test_a_lost_group_sends_its_line_to_a_decode_engine_alone() -> None:
 
 
 async def test_a_full_kv_cache_makes_the_next_one_wait() -> None:
-    """The decode engine has room for one prompt while another one is decoded."""
+    """The decode engine has room for one prompt more than fits, and not for two."""
     release = asyncio.Event()
 
     async def decode(request: Any, answer_to: dict[str, Any]) -> Any:
@@ -140,7 +140,7 @@ async def test_a_full_kv_cache_makes_the_next_one_wait() -> None:
 
     async with Harness() as harness:
         await harness.add("p", "prefill")
-        await harness.add("d", "decode", behaviour=decode, kv_tokens=2 * len(IDS) - 1)
+        await harness.add("d", "decode", behaviour=decode, kv_tokens=5, max_model_len=30)
         first = await post_later(harness)
         await harness.until(lambda: bool(harness.bodies("d:leg")))
         second = await post_later(harness)
