@@ -67,7 +67,9 @@ class Line(Generic[_PlacedT]):
                 self._advance()
             if waiter.future.done():
                 return waiter.future.result()
-            return await asyncio.wait_for(asyncio.shield(waiter.future), timeout_s)
+            # Not wait_for: until Python 3.12 it forgets a cancellation that meets a result.
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.shield(waiter.future)
         except BaseException:
             self._leave(ticket, waiter)
             raise
