@@ -204,3 +204,107 @@ class CudaCopies:
     def hold(self, stream: int, mark: CudaMark, timeout_s: float) -> bool: ...
     def wait(self, mark: CudaMark, timeout_s: float) -> bool: ...
     def close(self, timeout_s: float) -> bool: ...
+
+NO_LIMIT: int
+
+class Role:
+    PREFILL: Role
+    DECODE: Role
+
+class Placement:
+    ROUND_ROBIN: Placement
+    FEWEST_TOKENS: Placement
+    PAPER: Placement
+    BALANCED: Placement
+
+class ReadPath:
+    PREFILL: ReadPath
+    ALTERNATE: ReadPath
+    SHORTER_QUEUE: ReadPath
+    SPLIT: ReadPath
+    POOL: ReadPath
+
+class NodeState:
+    read_queue_tokens: int
+    push_queue_tokens: int
+    read_rate: float
+    push_rate: float
+    def __init__(self) -> None: ...
+
+class EngineState:
+    role: Role
+    usable: bool
+    node: int
+    group: int
+    num_requests: int
+    num_tokens: int
+    num_compute_tokens: int
+    free_kv_tokens: int
+    free_staging_tokens: int
+    max_request_tokens: int
+    def __init__(self) -> None: ...
+
+class ClusterView:
+    nominal_read_rate: float
+    def __init__(self, nodes: Sequence[NodeState], engines: Sequence[EngineState]) -> None: ...
+    def node(self, index: int) -> NodeState: ...
+    def engine(self, index: int) -> EngineState: ...
+    def add_read_queue(self, node: int, num_tokens: int) -> None: ...
+    def add_load(
+        self,
+        engine: int,
+        num_requests: int,
+        num_tokens: int,
+        num_compute_tokens: int,
+        room_tokens: int,
+    ) -> None: ...
+    def set_prefill_curve(self, tokens_per_s: float, s_per_token_pair: float) -> None: ...
+    def check(self) -> None: ...
+
+class WaitingLine:
+    def __init__(self) -> None: ...
+    def push(self, num_tokens: int) -> int: ...
+    def pop(self) -> None: ...
+    def cancel(self, ticket: int) -> bool: ...
+    def head(self) -> int: ...
+    def tokens_fitting(self, room: int) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    def __len__(self) -> int: ...
+
+class ReadRate:
+    def __init__(self) -> None: ...
+    def add(self, num_tokens: int, busy_s: float, elapsed_s: float, nominal: float) -> None: ...
+    @property
+    def rate(self) -> float: ...
+
+class PolicyParameters:
+    placement: Placement
+    read_path: ReadPath
+    alpha_s: float
+    beta_tokens: int
+    z_slack: float
+    min_segment_blocks: int
+    max_readers: int
+    split_fraction: float
+    near_tie: float
+    prompt_token_work: float
+    read_past_cache: bool
+    recompute: bool
+    recompute_price: float
+    def __init__(self, mode: str) -> None: ...
+
+class PolicyCore:
+    def __init__(self, parameters: PolicyParameters) -> None: ...
+    def decide(
+        self,
+        view: ClusterView,
+        num_tokens: int,
+        num_hit_blocks: int,
+        block_tokens: int,
+        reserve_tokens: int = 0,
+        line: WaitingLine | None = None,
+        ignore_load: bool = False,
+        turn: int = 0,
+        cached: Sequence[tuple[int, int]] = (),
+    ) -> tuple[int, int, int, int, int, tuple[tuple[int, int, int], ...], float]: ...

@@ -72,6 +72,7 @@ class EngineSetup:
             root=self.identity.root,
             geometry=GeometrySpec.of(geometry),
             max_model_len=self.max_model_len,
+            kv_tokens=self.num_cache_blocks * geometry.page_tokens,
         )
 
 
