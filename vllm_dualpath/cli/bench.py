@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
 from vllm_dualpath.bench.hooks.idle import measure_idle
 from vllm_dualpath.bench.hooks.report import hook_table, idle_line, to_json
@@ -92,7 +91,8 @@ def mover(
 def hooks(
     short: Annotated[bool, typer.Option("--short", help="Fewer steps and rounds.")] = False,
     idle: Annotated[
-        bool, typer.Option(help="Also compare two servers that load and store nothing.")
+        bool,
+        typer.Option(help="Also compare an engine that loads and stores nothing with plain vLLM."),
     ] = True,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write all measurements here.")
@@ -102,10 +102,8 @@ def hooks(
     timings = time_hooks(20 if short else 100)
     overhead = None
     if idle:
-        num_rounds = 15 if short else 80
-        with Progress(console=Console(stderr=True)) as progress:
-            task = progress.add_task("idle servers", total=num_rounds)
-            overhead = measure_idle(num_rounds, lambda: progress.advance(task))
+        Console(stderr=True).print("bench hooks: an idle engine with and without its connector")
+        overhead = measure_idle(60 if short else 700)
     if json_path is not None:
         report = json.dumps(to_json(timings, overhead), indent=1)
         json_path.write_text(report + "\n", encoding="utf-8")

@@ -108,7 +108,10 @@ class DualPathConnector(KVConnectorBase_V1):
         self._worker.start_loads()
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        self._worker.wait_for_layer(layer_name)
+        # In every layer of every step, most of which load nothing.
+        worker = self._worker_side
+        if worker is not None and worker.side.load_marks:
+            worker.wait_for_layer(layer_name)
 
     def save_kv_layer(
         self,
@@ -117,7 +120,9 @@ class DualPathConnector(KVConnectorBase_V1):
         attn_metadata: AttentionMetadata,  # noqa: ARG002 # pages are known without it
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
-        self._worker.save_layer(layer_name)
+        worker = self._worker_side
+        if worker is not None and worker.side.step.saves:
+            worker.save_layer(layer_name)
 
     def wait_for_save(self) -> None:
         self._worker.finish_saves()

@@ -121,9 +121,9 @@ class Recorder:
 
     def take(self) -> DualPathStats | None:
         """Everything since the last call, or ``None``."""
+        if self.is_empty:
+            return None
         with self._lock:
-            if not (self._counters or self._gauges or self._observations):
-                return None
             data: dict[str, Any] = {
                 "counter": dict(self._counters),
                 "gauge": self._gauges,

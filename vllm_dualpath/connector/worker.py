@@ -53,10 +53,10 @@ class WorkerSide:
         self._setup = setup
         self.recorder = Recorder()
         self._layer_of: dict[str, int] = {}
-        self._step = DualPathMetadata()
+        self.step = DualPathMetadata()
         self._loading: list[PageCopy] = []
         """This step's loads that its forward pass reads."""
-        self._load_marks: list[Sequence[Mark]] = []
+        self.load_marks: list[Sequence[Mark]] = []
         """Of each batch of them, by layer."""
         self._layer_waits: list[float] = []
         self._saves: list[LayerSaves] | None = None
@@ -131,12 +131,12 @@ class WorkerSide:
         """Take a step's orders; blocks to store are copied before anything can change them."""
         if self._saves is not None:
             self._release_saves()  # of a step that did not come to its end
-        self._step = step
+        self.step = step
         if self._saved_layers:
             self._saved_layers.clear()
-        if self._load_marks:
+        if self.load_marks:
             self._loading = []
-            self._load_marks.clear()
+            self.load_marks.clear()
         self._mover.begin_step(step.scheduler_boot, step.boot_ids())
         self._delayed |= step.delayed_frees
         for copy in (*step.sync_loads, *step.saves):
@@ -148,7 +148,7 @@ class WorkerSide:
         """Start this step's loads; those that this step's forward pass reads come layer by
         layer. Raises ``SyncLoadFailed``.
         """
-        step = self._step
+        step = self.step
         if step.failed_blocks:
             self._fail_blocks(step.failed_blocks, "not_ordered")
         self._loading, step.sync_loads = step.sync_loads, []
@@ -158,23 +158,23 @@ class WorkerSide:
 
     def wait_for_layer(self, layer_name: str) -> None:
         """Order what the forward pass does next behind the copies of this layer."""
-        if not self._load_marks:
+        if not self.load_marks:
             return
         layer = self._layer_of.get(layer_name)
         if layer is not None:
-            for marks in self._load_marks:
+            for marks in self.load_marks:
                 if waited_s := self._engine.hold_forward(marks[layer]):
                     self._layer_waits.append(waited_s)
 
     def save_layer(self, layer_name: str) -> None:
         """Copy out this layer's new pages, and say so once they are there."""
-        if not self._step.saves:
+        if not self.step.saves:
             return
         layer = self._layer_of.get(layer_name)
         if layer is None or layer in self._saved_layers:
             return
         if self._saves is None:
-            batches = self._batches.each(self._step.saves, self._drop_saves)
+            batches = self._batches.each(self.step.saves, self._drop_saves)
             self._saves = [self._batches.layer_saves(each, self._report_saved) for each in batches]
         self._saved_layers.add(layer)
         for saves in self._saves:
@@ -185,15 +185,15 @@ class WorkerSide:
 
         Copies go on; before anything changes their pages, vLLM calls ``fence``.
         """
-        if not self._step.saves and not self._layer_waits:
+        if not self.step.saves and not self._layer_waits:
             return
         try:
-            if self._step.saves and len(self._saved_layers) < len(self._layer_of):
+            if self.step.saves and len(self._saved_layers) < len(self._layer_of):
                 for name in self._layer_of:
                     self.save_layer(name)
         finally:
             self._release_saves()
-            self._step.saves = []
+            self.step.saves = []
         if self._layer_waits:
             self.recorder.observe(metrics.LAYER_WAIT_SECONDS, self._layer_waits)
             self._layer_waits = []
@@ -215,10 +215,10 @@ class WorkerSide:
         Those under way come to their end before anything fills their pages anew (``fence``).
         Raises ``SyncLoadFailed``.
         """
-        loading, self._loading = [*self._loading, *self._step.sync_loads], []
-        self._load_marks.clear()
-        self._step.sync_loads = []
-        self._loads.fail_all(self._step)
+        loading, self._loading = [*self._loading, *self.step.sync_loads], []
+        self.load_marks.clear()
+        self.step.sync_loads = []
+        self._loads.fail_all(self.step)
         self._fail_sync(loading, "hook_error")
 
     # --- results ---------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ class WorkerSide:
         try:
             marks = self._engine.submit_layers(batch.rows, load=True)
             self._fence = marks[-1]
-            self._load_marks.append(marks)
+            self.load_marks.append(marks)
         finally:
             self._batches.release(batch)
 
