@@ -69,7 +69,7 @@ def test_statistics_that_no_trace_has_are_refused(columns: tuple[float, ...]) ->
     """Totals beyond the limit or the product, contexts beyond the total."""
     max_len, *others = columns
     with pytest.raises(ConfigError, match="trace"):
-        generate_trajectories(TraceStatistics(int(max_len), *others), 10, 0)
+        generate_trajectories(TraceStatistics(int(max_len), *others), 300, 0)
 
 
 def test_a_saved_trace_comes_back(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_more_agents_than_trajectories_get_a_first_turn_of_their_own() -> None:
 
 
 def test_poisson_agents_come_in_order_and_in_their_number() -> None:
-    """rate x duration agents, sorted, inside the duration, with a Poisson process's gaps."""
+    """Rate x duration agents, sorted, inside the duration, with a Poisson process's gaps."""
     agents = poisson_agents(TWO, 2.0, 1000.0, seed=5)
     gaps = np.diff(agents.arrival_s)
     assert agents.num_agents == 2000

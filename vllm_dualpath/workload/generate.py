@@ -60,7 +60,8 @@ def _turns(target: TraceStatistics, u: npt.NDArray[np.float64]) -> npt.NDArray[n
         )
     log_ratio = _solve(lambda x: _mean_times_mean_inverse(x) - spread, 1e-6, 20.0)
     least = target.turns * log_ratio / math.expm1(log_ratio)
-    return np.maximum(1, np.rint(least * np.exp(u * log_ratio))).astype(np.int64)
+    turns: npt.NDArray[np.float64] = np.rint(least * np.exp(u * log_ratio))
+    return np.maximum(1, turns).astype(np.int64)
 
 
 def _mean_times_mean_inverse(log_ratio: float) -> float:
