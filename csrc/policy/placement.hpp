@@ -1,0 +1,46 @@
+// Chooses the prefill and the decode engine of a request.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "policy/decision.hpp"
+#include "policy/parameters.hpp"
+
+namespace dualpath::policy {
+
+struct Pair {
+    Verdict verdict;
+    std::uint32_t prefill = kNone;
+    std::uint32_t decode = kNone;
+};
+
+// Source: the paper's section 6; what `balanced` does beyond it is in docs/scheduling.md.
+class Placer {
+  public:
+    explicit Placer(const Parameters& parameters) : parameters_(parameters) {}
+
+    Pair choose(const ClusterView& view, const Request& request);
+
+  private:
+    struct Group {
+        std::int64_t num_tokens = 0;
+        std::int64_t free_tokens = 0;
+        std::int64_t num_engines = 0;
+        bool can_take = false;  // one of its engines could, if it were empty
+    };
+
+    bool is_balanced() const { return parameters_.placement == Placement::kBalanced; }
+    std::uint32_t choose_prefill(const ClusterView& view, const Request& request) const;
+    std::uint32_t choose_decode(const ClusterView& view, const Request& request);
+    std::uint32_t least_tokens(const ClusterView& view, const Request& request, Role role) const;
+    std::uint32_t by_turn(const ClusterView& view, const Request& request, Role role) const;
+    void sum_groups(const ClusterView& view, const Request& request);
+    std::uint32_t lightest_group() const;
+    double level(const Group& group, const Request& request) const;
+
+    Parameters parameters_;
+    std::vector<Group> groups_;
+};
+
+}  // namespace dualpath::policy
