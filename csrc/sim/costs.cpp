@@ -13,7 +13,8 @@ double num_pairs(double num_cached, double num_new) {
 double num_selected_pairs(const PrefillCost& cost, double num_cached, double num_new) {
     const double room = static_cast<double>(cost.selected) - num_cached;
     const double growing = std::clamp(room, 0.0, num_new);  // tokens that see all before them
-    return num_pairs(num_cached, growing) + (num_new - growing) * static_cast<double>(cost.selected);
+    return num_pairs(num_cached, growing) +
+           (num_new - growing) * static_cast<double>(cost.selected);
 }
 
 }  // namespace

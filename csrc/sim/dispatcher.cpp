@@ -9,8 +9,8 @@ Dispatcher::Dispatcher(const Settings& settings)
       num_prefill_engines_(settings.shape.num_prefill_nodes * settings.shape.engines_per_node),
       block_tokens_(settings.block_tokens) {
     view_.nodes.resize(settings.shape.num_nodes());
-    view_.nominal_read_rate = settings.shape.storage_bytes_per_s /
-                              static_cast<double>(settings.kv_bytes_per_token);
+    view_.nominal_read_rate =
+        settings.shape.storage_bytes_per_s / static_cast<double>(settings.kv_bytes_per_token);
     view_.prefill = settings.curve;
     add_engines(settings, policy::Role::kPrefill);
     add_engines(settings, policy::Role::kDecode);

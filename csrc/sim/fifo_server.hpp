@@ -7,8 +7,8 @@
 
 namespace dualpath::sim {
 
-// First in, first out and not shared: the mover's storage queue reads in order, and of two disciplines
-// with equal throughput the fair share would let every transfer end late.
+// First in, first out and not shared: the mover's storage queue reads in order, and of two
+// disciplines with equal throughput the fair share would let every transfer end late.
 class FifoServer {
   public:
     struct Transfer {
@@ -48,8 +48,8 @@ class FifoServer {
 
     std::deque<Transfer> queue_;
     double bytes_per_s_;
-    double begun_s_ = 0;       // of the part of the head's service that has not been taken
-    double left_bytes_ = 0;    // of the head, from begun_s_ on
+    double begun_s_ = 0;     // of the part of the head's service that has not been taken
+    double left_bytes_ = 0;  // of the head, from begun_s_ on
     std::uint32_t version_ = 0;
 };
 

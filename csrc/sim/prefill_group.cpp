@@ -32,8 +32,7 @@ PrefillGroup::Step PrefillGroup::begin_step() {
     // Attention ends with the slowest rank; experts share the group's tokens evenly.
     const double mean_tokens =
         static_cast<double>(step.num_tokens) / static_cast<double>(engines_.size());
-    const double compute_s =
-        cost_.step_s + step.slowest_attention_s + mean_tokens * cost_.token_s;
+    const double compute_s = cost_.step_s + step.slowest_attention_s + mean_tokens * cost_.token_s;
     step.duration_s = switches_.layerwise ? std::max(compute_s, copy_s) : compute_s + copy_s;
     stepping_ = true;
     return step;

@@ -51,13 +51,13 @@ void check(const Workload& workload) {
     const auto& offsets = workload.offsets;
     require(offsets.size() >= 2 && offsets.front() == 0, "expected at least one trajectory");
     // Adjacent and not increasing: a trajectory without turns.
-    require(std::adjacent_find(offsets.begin(), offsets.end(), std::greater_equal<>()) ==
-                offsets.end(),
-            "expected at least one turn in every trajectory");
+    require(
+        std::adjacent_find(offsets.begin(), offsets.end(), std::greater_equal<>()) == offsets.end(),
+        "expected at least one turn in every trajectory");
     const auto num_turns = static_cast<std::size_t>(offsets.back());
-    require(workload.append_tokens.size() == num_turns &&
-                workload.generated_tokens.size() == num_turns,
-            "expected one append and one answer a turn");
+    require(
+        workload.append_tokens.size() == num_turns && workload.generated_tokens.size() == num_turns,
+        "expected one append and one answer a turn");
     require(workload.first_tokens.size() == workload.num_agents() &&
                 workload.arrival_s.size() == workload.num_agents() && workload.num_agents() > 0,
             "expected a trajectory, a first turn and an arrival for each agent");

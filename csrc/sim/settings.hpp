@@ -12,11 +12,11 @@ namespace dualpath::sim {
 
 // Seconds of one prefill engine. The parts are sums over layers.
 struct PrefillCost {
-    double step_s = 0;               // a forward pass of whatever size: launches, collectives
-    double token_s = 0;              // each new token: projections, feed-forward
-    double pair_s = 0;               // each (new token, earlier token) that attention or indexer see
-    double selected_pair_s = 0;      // the same over at most `selected` earlier tokens
-    std::int64_t selected = 0;       // sparse attention's top-k; 0: attention is dense
+    double step_s = 0;           // a forward pass of whatever size: launches, collectives
+    double token_s = 0;          // each new token: projections, feed-forward
+    double pair_s = 0;           // each (new token, earlier token) that attention or indexer see
+    double selected_pair_s = 0;  // the same over at most `selected` earlier tokens
+    std::int64_t selected = 0;   // sparse attention's top-k; 0: attention is dense
     std::int64_t cache_tokens = std::numeric_limits<std::int64_t>::max();  // KV room in HBM
 };
 
@@ -46,8 +46,8 @@ struct ClusterShape {
 };
 
 struct Switches {
-    bool oracle = false;           // nothing is read, copied or sent
-    bool layerwise = true;         // copies overlap compute, layer by layer
+    bool oracle = false;              // nothing is read, copied or sent
+    bool layerwise = true;            // copies overlap compute, layer by layer
     bool prefill_stages_all = false;  // our design: prefill slots for the whole prompt, any reader
     bool persist = true;
 };
@@ -71,12 +71,12 @@ struct Settings {
     policy::PrefillCurve curve;  // what the policy believes of prefill engines
     std::int64_t kv_bytes_per_token = 1;
     std::uint32_t block_tokens = 64;
-    double quota_s = 0.3;            // of compute in one prefill step
-    double tool_time_s = 0;          // mean between an answer and the next turn, exponential
-    double window_s = 1;             // of the storage NICs' time line
-    double report_every_s = 1;       // engines report measured read rates
+    double quota_s = 0.3;       // of compute in one prefill step
+    double tool_time_s = 0;     // mean between an answer and the next turn, exponential
+    double window_s = 1;        // of the storage NICs' time line
+    double report_every_s = 1;  // engines report measured read rates
     double stop_s = std::numeric_limits<double>::infinity();  // what runs then is cut off
-    double measure_from_s = 0;       // turns that begin earlier or
+    double measure_from_s = 0;                                // turns that begin earlier or
     double measure_until_s = std::numeric_limits<double>::infinity();  // later are not measured
     std::uint64_t seed = 0;
     std::vector<Fault> faults;

@@ -7,23 +7,23 @@
 namespace dualpath::sim {
 
 FifoServer::Transfer StorageNode::end_read(double now_s) {
-    account(now_s);
+    settle(now_s);
     return reads_.pop(now_s);
 }
 
 void StorageNode::slow_down(double now_s, double factor) {
-    account(now_s);
+    settle(now_s);
     reads_.set_rate(now_s, nominal_ * factor);
 }
 
 void StorageNode::die(double now_s) {
-    account(now_s);
+    settle(now_s);
     reads_.clear(now_s);
     alive_ = false;
 }
 
 double StorageNode::measured_rate(double now_s, double elapsed_s, double bytes_per_token) {
-    account(now_s);
+    settle(now_s);
     const double tokens = (read_bytes_ - reported_bytes_) / bytes_per_token;
     rate_.add(static_cast<std::int64_t>(tokens), busy_s_ - reported_busy_s_, elapsed_s,
               nominal_ / bytes_per_token);
@@ -32,12 +32,10 @@ double StorageNode::measured_rate(double now_s, double elapsed_s, double bytes_p
     return rate_.rate();
 }
 
-void StorageNode::note_staging() {
-    peak_staging_ = std::max(peak_staging_, staging_.used_bytes());
-}
+void StorageNode::note_staging() { peak_staging_ = std::max(peak_staging_, staging_.used()); }
 
 // Spreads what was served evenly over the windows that it took.
-void StorageNode::account(double now_s) {
+void StorageNode::settle(double now_s) {
     const FifoServer::Served served = reads_.take_served(now_s);
     const double duration = served.until_s - served.from_s;
     if (served.bytes <= 0 || duration <= 0) return;

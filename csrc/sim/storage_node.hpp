@@ -6,17 +6,20 @@
 
 #include "policy/read_rate.hpp"
 #include "sim/fifo_server.hpp"
-#include "sim/staging_pool.hpp"
+#include "sim/memory_pool.hpp"
 
 namespace dualpath::sim {
 
 class StorageNode {
   public:
     StorageNode(double bytes_per_s, std::int64_t staging_bytes, double window_s)
-        : reads_(bytes_per_s), staging_(staging_bytes), nominal_(bytes_per_s), window_s_(window_s) {}
+        : reads_(bytes_per_s),
+          staging_(staging_bytes),
+          nominal_(bytes_per_s),
+          window_s_(window_s) {}
 
     FifoServer& reads() { return reads_; }
-    StagingPool& staging() { return staging_; }
+    MemoryPool& staging() { return staging_; }
 
     // Ends the transfer in service and accounts for it.
     FifoServer::Transfer end_read(double now_s);
@@ -37,12 +40,12 @@ class StorageNode {
     double write_busy_s() const { return written_bytes_ / nominal_; }
     double peak_staging_bytes() const { return static_cast<double>(peak_staging_); }
     void note_staging();
+    // Accounts for what was served until now.
+    void settle(double now_s);
 
   private:
-    void account(double now_s);
-
     FifoServer reads_;
-    StagingPool staging_;
+    MemoryPool staging_;
     policy::ReadRate rate_;
     double nominal_;
     double window_s_;
