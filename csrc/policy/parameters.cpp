@@ -36,8 +36,7 @@ Parameters parameters_of(std::string_view mode) {
 }
 
 void check(const Parameters& parameters) {
-    require(parameters.alpha_tokens >= 0, "alpha_tokens", "0 or more",
-            static_cast<double>(parameters.alpha_tokens));
+    require(parameters.alpha_s >= 0, "alpha_s", "0 or more", parameters.alpha_s);
     require(parameters.beta_tokens >= 0, "beta_tokens", "0 or more",
             static_cast<double>(parameters.beta_tokens));
     require(std::isfinite(parameters.z_slack) && parameters.z_slack >= 1, "z_slack", "1 or more",

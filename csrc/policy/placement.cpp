@@ -12,6 +12,7 @@ bool could_take(const EngineState& engine, Role role, const Request& request) {
 }
 
 bool has_room(const EngineState& engine, const Request& request) {
+    if (request.ignore_load) return true;
     const bool kv = engine.role == Role::kPrefill || engine.free_kv_tokens >= request.room_tokens();
     return kv && engine.free_staging_tokens >= request.num_tokens;
 }
@@ -95,12 +96,10 @@ Pair Placer::choose(const ClusterView& view, const Request& request) {
 }
 
 bool Placer::has_short_queue(const ClusterView& view, std::uint32_t node) const {
-    if (parameters_.alpha_tokens == kNoLimit) return true;
-    const std::int64_t queue = view.nodes[node].read_queue_tokens;
-    if (!is_balanced() || view.nominal_read_rate <= 0) return queue <= parameters_.alpha_tokens;
-    // A slow NIC has the same seconds, so fewer tokens.
-    const double alpha_s = static_cast<double>(parameters_.alpha_tokens) / view.nominal_read_rate;
-    return view.read_queue_s(node) <= alpha_s;
+    if (view.nominal_read_rate <= 0) return true;
+    if (is_balanced()) return view.read_queue_s(node) <= parameters_.alpha_s;
+    const auto queue = static_cast<double>(view.nodes[node].read_queue_tokens);
+    return queue <= parameters_.alpha_s * view.nominal_read_rate;
 }
 
 std::uint32_t Placer::choose_prefill(const ClusterView& view, const Request& request) const {
@@ -108,7 +107,7 @@ std::uint32_t Placer::choose_prefill(const ClusterView& view, const Request& req
     const auto key_of = [&](std::uint32_t e) -> std::optional<Key> {
         const EngineState& engine = view.engines[e];
         if (!could_take(engine, Role::kPrefill, request) || !has_room(engine, request) ||
-            engine.num_tokens > parameters_.beta_tokens) {
+            (engine.num_tokens > parameters_.beta_tokens && !request.ignore_load)) {
             return std::nullopt;
         }
         return Key{!has_short_queue(view, engine.node), engine.num_tokens};

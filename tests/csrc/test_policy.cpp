@@ -58,7 +58,7 @@ Parameters draw_parameters(Random& random) {
     Parameters parameters;
     parameters.placement = static_cast<Placement>(draw(random, 4));
     parameters.read_path = static_cast<ReadPath>(draw(random, 5));
-    parameters.alpha_tokens = draw(random, 2) == 0 ? kNoLimit : 20000;
+    if (draw(random, 2) == 0) parameters.alpha_s = 3;
     parameters.beta_tokens = draw(random, 2) == 0 ? kNoLimit : 7000;
     parameters.min_segment_blocks = static_cast<std::uint32_t>(1 + draw(random, 20));
     parameters.max_readers = static_cast<std::uint32_t>(1 + draw(random, kMaxReaders));
@@ -76,7 +76,9 @@ void check_placed(const ClusterView& view, const Parameters& parameters, const R
         CHECK(view.engines[engine].usable);
         CHECK(view.engines[engine].max_request_tokens >= request.num_tokens);
     }
-    if (parameters.placement == Placement::kPaper || parameters.placement == Placement::kBalanced) {
+    const bool weighs_load =
+        parameters.placement == Placement::kPaper || parameters.placement == Placement::kBalanced;
+    if (weighs_load && !request.ignore_load) {
         CHECK(view.engines[decision.prefill].num_tokens <= parameters.beta_tokens);
         CHECK(view.engines[decision.decode].free_kv_tokens >= request.room_tokens());
     }
@@ -144,6 +146,7 @@ TEST(policy_decisions_cover_the_hit_keep_limits_and_repeat) {
             request.num_hit_blocks, static_cast<std::uint32_t>((request.num_tokens - 1) / 64));
         request.cached = cached;
         request.turn = random();
+        request.ignore_load = draw(random, 8) == 0;
         Policy policy(parameters);
         const Decision decision = policy.decide(view, request);
         // Of another instance, and of one with scratch from another decision.
