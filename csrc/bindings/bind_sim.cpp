@@ -48,13 +48,13 @@ policy::ReadPath read_path_of(const std::string& name) {
 
 void set_policy(sim::Settings& settings, const std::string& mode,
                 const std::optional<std::string>& placement,
-                const std::optional<std::string>& read_path, std::int64_t alpha_tokens,
+                const std::optional<std::string>& read_path, double alpha_s,
                 std::int64_t beta_tokens, std::uint32_t min_segment_blocks,
                 std::uint32_t max_readers, bool recompute) {
     policy::Parameters parameters = policy::parameters_of(mode);
     if (placement) parameters.placement = placement_of(*placement);
     if (read_path) parameters.read_path = read_path_of(*read_path);
-    parameters.alpha_tokens = alpha_tokens;
+    parameters.alpha_s = alpha_s;
     parameters.beta_tokens = beta_tokens;
     parameters.min_segment_blocks = min_segment_blocks;
     parameters.max_readers = max_readers;
@@ -200,7 +200,7 @@ void bind_sim(py::module_& module) {
         .def_readwrite("measure_until_s", &sim::Settings::measure_until_s)
         .def_readwrite("seed", &sim::Settings::seed)
         .def("set_policy", &set_policy, py::arg("mode"), py::arg("placement"), py::arg("read_path"),
-             py::arg("alpha_tokens"), py::arg("beta_tokens"), py::arg("min_segment_blocks"),
+             py::arg("alpha_s"), py::arg("beta_tokens"), py::arg("min_segment_blocks"),
              py::arg("max_readers"), py::arg("recompute"))
         .def("set_curve",
              [](sim::Settings& settings, double tokens_per_s, double s_per_token_pair) {

@@ -13,6 +13,7 @@ pybind11::list to_tuples(const std::vector<TransportEvent>& events);
 void bind_io(pybind11::module_& module);
 void bind_copy(pybind11::module_& module);
 void bind_memory(pybind11::module_& module);
+void bind_policy(pybind11::module_& module);
 void bind_raw_puts(pybind11::module_& module);
 void bind_sim(pybind11::module_& module);
 void bind_tcp(pybind11::module_& module);

@@ -24,6 +24,7 @@ struct Request {
     std::uint32_t block_tokens = 0;
     std::span<const CachedPrefix> cached;  // sparse: engines that hold something
     const WaitingLine* line = nullptr;     // with this request at its head; null: none else waits
+    bool ignore_load = false;              // it has waited long enough: neither beta nor room count
     std::uint64_t turn = 0;                // requests placed before: only round robin looks
 
     std::int64_t room_tokens() const { return reserve_tokens > 0 ? reserve_tokens : num_tokens; }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <string_view>
 
 #include "policy/cluster_view.hpp"
@@ -28,7 +29,9 @@ enum class ReadPath : std::uint8_t {
 struct Parameters {
     Placement placement = Placement::kPaper;
     ReadPath read_path = ReadPath::kShorterQueue;
-    std::int64_t alpha_tokens = kNoLimit;  // a longer read queue is avoided
+    // A longer read queue is avoided: tokens readable in so many seconds at the nominal rate. Where
+    // that is unknown no queue is too long.
+    double alpha_s = std::numeric_limits<double>::infinity();
     std::int64_t beta_tokens = kNoLimit;   // a prefill engine with more tokens takes no request
     double z_slack = 1.05;                 // the paper's factor in Z
     std::uint32_t min_segment_blocks = 1;  // of split and pool, where two readers share a hit

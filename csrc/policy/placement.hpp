@@ -27,14 +27,13 @@ class Placer {
         std::int64_t num_tokens = 0;
         std::int64_t free_tokens = 0;
         std::int64_t num_engines = 0;
-        bool can_take = false;  // one of its engines could, if it were empty
+        bool is_candidate = false;
     };
 
     bool is_balanced() const { return parameters_.placement == Placement::kBalanced; }
     std::uint32_t choose_prefill(const ClusterView& view, const Request& request) const;
+    bool has_short_queue(const ClusterView& view, std::uint32_t node) const;
     std::uint32_t choose_decode(const ClusterView& view, const Request& request);
-    std::uint32_t least_tokens(const ClusterView& view, const Request& request, Role role) const;
-    std::uint32_t by_turn(const ClusterView& view, const Request& request, Role role) const;
     void sum_groups(const ClusterView& view, const Request& request);
     std::uint32_t lightest_group() const;
     double level(const Group& group, const Request& request) const;

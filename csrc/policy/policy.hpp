@@ -4,6 +4,7 @@
 #include "policy/decision.hpp"
 #include "policy/parameters.hpp"
 #include "policy/placement.hpp"
+#include "policy/read_path.hpp"
 
 namespace dualpath::policy {
 
@@ -18,8 +19,11 @@ class Policy {
     Decision decide(const ClusterView& view, const Request& request);
 
   private:
+    void choose_range(const ClusterView& view, const Request& request, Decision& decision);
+
     Parameters parameters_;
     Placer placer_;
+    ReadPlanner planner_;
 };
 
 }  // namespace dualpath::policy

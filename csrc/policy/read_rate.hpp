@@ -16,7 +16,7 @@ class ReadRate {
         std::int64_t full_sample_tokens = 4096;  // shorter queues do not show what a NIC can do
     };
 
-    ReadRate() = default;
+    ReadRate() : ReadRate(Constants{}) {}
     explicit ReadRate(const Constants& constants) : constants_(constants) {}
 
     // `num_tokens` were read in `busy_s` seconds with at least one read under way, of `elapsed_s`
@@ -26,10 +26,10 @@ class ReadRate {
     double rate() const { return rate_; }
 
   private:
+    static constexpr double kLeastRate = 1e-3;
+
     Constants constants_;
     double rate_ = 0;
-    std::int64_t pending_tokens_ = 0;
-    double pending_busy_s_ = 0;
 };
 
 }  // namespace dualpath::policy

@@ -28,7 +28,7 @@ class WaitingLine {
     std::int64_t tokens_fitting(std::int64_t room) const;
 
   private:
-    void drop_cancelled();
+    void leave();  // the entry at begin_
     void compact();
 
     // One entry a ticket from first_ticket_ on; those before begin_ have left. A cancelled one

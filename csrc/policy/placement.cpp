@@ -1,0 +1,199 @@
+#include "policy/placement.hpp"
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+
+namespace dualpath::policy {
+namespace {
+
+bool could_take(const EngineState& engine, Role role, const Request& request) {
+    return engine.usable && engine.role == role && engine.max_request_tokens >= request.num_tokens;
+}
+
+bool has_room(const EngineState& engine, const Request& request) {
+    if (request.ignore_load) return true;
+    const bool kv = engine.role == Role::kPrefill || engine.free_kv_tokens >= request.room_tokens();
+    return kv && engine.free_staging_tokens >= request.num_tokens;
+}
+
+std::int64_t add_saturated(std::int64_t left, std::int64_t right) {
+    return left > kNoLimit - right ? kNoLimit : left + right;
+}
+
+std::uint32_t cached_blocks(const Request& request, std::uint32_t engine) {
+    for (const CachedPrefix& prefix : request.cached) {
+        if (prefix.engine == engine) return prefix.num_blocks;
+    }
+    return 0;
+}
+
+// The index of the least key among engines for which `key_of` gives one. A key compares like a
+// tuple; among equal ones the first stays.
+template <typename KeyOf>
+std::uint32_t least(const ClusterView& view, const KeyOf& key_of) {
+    std::uint32_t best = kNone;
+    decltype(key_of(std::uint32_t{})) best_key;
+    for (std::uint32_t e = 0; e < view.engines.size(); ++e) {
+        auto key = key_of(e);
+        if (!key || (best_key && !(*key < *best_key))) continue;
+        best = e;
+        best_key = std::move(key);
+    }
+    return best;
+}
+
+std::uint32_t by_turn(const ClusterView& view, const Request& request, Role role) {
+    std::uint64_t num_able = 0;
+    for (const EngineState& engine : view.engines) num_able += could_take(engine, role, request);
+    if (num_able == 0) return kNone;
+    std::uint64_t left = request.turn % num_able;
+    for (std::uint32_t e = 0; e < view.engines.size(); ++e) {
+        if (could_take(view.engines[e], role, request) && left-- == 0) return e;
+    }
+    return kNone;
+}
+
+std::uint32_t fewest_tokens(const ClusterView& view, const Request& request, Role role) {
+    return least(view, [&](std::uint32_t e) {
+        const EngineState& engine = view.engines[e];
+        const bool able = could_take(engine, role, request) && has_room(engine, request);
+        return able ? std::optional(engine.num_tokens) : std::nullopt;
+    });
+}
+
+bool any_could_take(const ClusterView& view, const Request& request, Role role) {
+    return std::any_of(view.engines.begin(), view.engines.end(), [&](const EngineState& engine) {
+        return could_take(engine, role, request);
+    });
+}
+
+}  // namespace
+
+Pair Placer::choose(const ClusterView& view, const Request& request) {
+    Pair pair{Verdict::kPlaced};
+    switch (parameters_.placement) {
+        case Placement::kRoundRobin:
+            pair.prefill = by_turn(view, request, Role::kPrefill);
+            pair.decode = by_turn(view, request, Role::kDecode);
+            break;
+        case Placement::kFewestTokens:
+            pair.prefill = fewest_tokens(view, request, Role::kPrefill);
+            pair.decode = fewest_tokens(view, request, Role::kDecode);
+            break;
+        case Placement::kPaper:
+        case Placement::kBalanced:
+            pair.prefill = choose_prefill(view, request);
+            pair.decode = choose_decode(view, request);
+            break;
+    }
+    if (pair.prefill != kNone && pair.decode != kNone) return pair;
+    // Told apart only here: it costs another look at all engines.
+    const bool possible = any_could_take(view, request, Role::kPrefill) &&
+                          any_could_take(view, request, Role::kDecode);
+    if (!possible) return {Verdict::kImpossible};
+    return {pair.prefill == kNone ? Verdict::kWaitPrefill : Verdict::kWaitDecode};
+}
+
+bool Placer::has_short_queue(const ClusterView& view, std::uint32_t node) const {
+    if (view.nominal_read_rate <= 0) return true;
+    if (is_balanced()) return view.read_queue_s(node) <= parameters_.alpha_s;
+    const auto queue = static_cast<double>(view.nodes[node].read_queue_tokens);
+    return queue <= parameters_.alpha_s * view.nominal_read_rate;
+}
+
+std::uint32_t Placer::choose_prefill(const ClusterView& view, const Request& request) const {
+    using Key = std::tuple<bool, std::int64_t>;
+    const auto key_of = [&](std::uint32_t e) -> std::optional<Key> {
+        const EngineState& engine = view.engines[e];
+        if (!could_take(engine, Role::kPrefill, request) || !has_room(engine, request) ||
+            (engine.num_tokens > parameters_.beta_tokens && !request.ignore_load)) {
+            return std::nullopt;
+        }
+        return Key{!has_short_queue(view, engine.node), engine.num_tokens};
+    };
+    const std::uint32_t best = least(view, key_of);
+    if (best == kNone || !is_balanced()) return best;
+    const auto [long_queue, fewest] = *key_of(best);
+    const double most =
+        static_cast<double>(fewest) +
+        parameters_.near_tie * static_cast<double>(std::max(fewest, request.num_tokens));
+    // Most cached blocks first, then who reads soonest.
+    using NearKey = std::tuple<std::int64_t, double, std::int64_t>;
+    return least(view, [&, longest = long_queue](std::uint32_t e) -> std::optional<NearKey> {
+        const auto key = key_of(e);
+        if (!key || std::get<0>(*key) != longest) return std::nullopt;
+        const EngineState& engine = view.engines[e];
+        if (static_cast<double>(engine.num_tokens) > most) return std::nullopt;
+        return NearKey{-static_cast<std::int64_t>(cached_blocks(request, e)),
+                       view.read_queue_s(engine.node), engine.num_tokens};
+    });
+}
+
+std::uint32_t Placer::choose_decode(const ClusterView& view, const Request& request) {
+    sum_groups(view, request);
+    const std::uint32_t group = lightest_group();
+    if (group == kNone) return kNone;
+    const double most_tokens = level(groups_[group], request);
+    // Under the level by requests, over it by tokens, and never over it while one is under.
+    using Key = std::tuple<bool, std::int64_t>;
+    const auto key_of = [&](std::uint32_t e) -> std::optional<Key> {
+        const EngineState& engine = view.engines[e];
+        if (engine.group != group || !could_take(engine, Role::kDecode, request) ||
+            !has_room(engine, request)) {
+            return std::nullopt;
+        }
+        const bool over =
+            static_cast<double>(engine.num_tokens) + static_cast<double>(request.num_tokens) >
+            most_tokens;
+        return Key{over, over ? engine.num_tokens : engine.num_requests};
+    };
+    const std::uint32_t best = least(view, key_of);
+    if (best == kNone || !is_balanced()) return best;
+    const auto [is_over, fewest] = *key_of(best);
+    const double most = static_cast<double>(fewest) * (1 + parameters_.near_tie);
+    using NearKey = std::tuple<double, std::int64_t, std::int64_t>;
+    return least(view, [&, over = is_over](std::uint32_t e) -> std::optional<NearKey> {
+        const auto key = key_of(e);
+        if (!key || std::get<0>(*key) != over) return std::nullopt;
+        if (static_cast<double>(std::get<1>(*key)) > most) return std::nullopt;
+        const EngineState& engine = view.engines[e];
+        return NearKey{view.read_queue_s(engine.node), std::get<1>(*key), engine.num_tokens};
+    });
+}
+
+void Placer::sum_groups(const ClusterView& view, const Request& request) {
+    groups_.assign(groups_.size(), Group{});
+    for (const EngineState& engine : view.engines) {
+        if (!engine.usable || engine.role != Role::kDecode) continue;
+        if (engine.group >= groups_.size()) groups_.resize(engine.group + 1);
+        Group& group = groups_[engine.group];
+        group.num_tokens += engine.num_tokens;
+        group.free_tokens =
+            add_saturated(group.free_tokens, std::max<std::int64_t>(engine.free_kv_tokens, 0));
+        ++group.num_engines;
+        // The paper's request waits for its group; a balanced one goes where there is room.
+        group.is_candidate |= could_take(engine, Role::kDecode, request) &&
+                              (!is_balanced() || has_room(engine, request));
+    }
+}
+
+std::uint32_t Placer::lightest_group() const {
+    std::uint32_t best = kNone;
+    for (std::uint32_t g = 0; g < groups_.size(); ++g) {
+        if (!groups_[g].is_candidate) continue;
+        if (best == kNone || groups_[g].num_tokens < groups_[best].num_tokens) best = g;
+    }
+    return best;
+}
+
+double Placer::level(const Group& group, const Request& request) const {
+    const bool alone = request.line == nullptr || request.line->empty();
+    const std::int64_t waiting =
+        alone ? request.num_tokens : request.line->tokens_fitting(group.free_tokens);
+    return parameters_.z_slack *
+           (static_cast<double>(waiting) + static_cast<double>(group.num_tokens)) /
+           static_cast<double>(group.num_engines);
+}
+
+}  // namespace dualpath::policy

@@ -1,0 +1,41 @@
+#include "policy/policy.hpp"
+
+#include <algorithm>
+
+#include "policy/load_or_recompute.hpp"
+
+namespace dualpath::policy {
+namespace {
+
+std::uint32_t cached_blocks(const Request& request, std::uint32_t engine) {
+    for (const CachedPrefix& prefix : request.cached) {
+        if (prefix.engine == engine) return std::min(prefix.num_blocks, request.num_hit_blocks);
+    }
+    return 0;
+}
+
+}  // namespace
+
+Policy::Policy(const Parameters& parameters)
+    : parameters_((check(parameters), parameters)), placer_(parameters), planner_(parameters) {}
+
+Decision Policy::decide(const ClusterView& view, const Request& request) {
+    Decision decision;
+    const Pair pair = placer_.choose(view, request);
+    decision.verdict = pair.verdict;
+    if (!decision.placed()) return decision;
+    decision.prefill = pair.prefill;
+    decision.decode = pair.decode;
+    if (parameters_.read_past_cache) {
+        decision.num_cached_blocks = cached_blocks(request, pair.prefill);
+    }
+    const std::uint32_t first = decision.num_cached_blocks;
+    if (parameters_.recompute && view.prefill.known() && first < request.num_hit_blocks) {
+        plan_load_or_recompute(planner_, parameters_, view, request, first, decision);
+    } else {
+        planner_.plan(view, request, {first, request.num_hit_blocks}, decision);
+    }
+    return decision;
+}
+
+}  // namespace dualpath::policy
