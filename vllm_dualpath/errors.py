@@ -14,6 +14,7 @@
      |-- ProtocolError             a message that breaks the wire rules; rejected and counted
      |-- StagingFull               no slots now and the caller asked not to wait
      |-- LaunchError               a process of a local cluster did not start or ended early
+     |-- SimulationStalled         faults left agents that no simulated engine can serve
      |-- RequestError              a server refused a request or answered something else
      `-- NativeUnavailable         the compiled core or a library it needs is missing
 
@@ -76,6 +77,10 @@ class StagingFull(DualPathError):
 
 class LaunchError(DualPathError):
     """A process of a local cluster did not become ready, or ended before it was told to."""
+
+
+class SimulationStalled(DualPathError):
+    """Agents of a simulation are left that nothing will ever wake: no usable engine for them."""
 
 
 class RequestError(DualPathError):

@@ -42,6 +42,8 @@ UcxError = _native.UcxError
 PeerClosedError = _native.PeerClosedError
 RawPutLoop = _native.RawPutLoop
 RawPutTarget = _native.RawPutTarget
+SimSettings = _native.SimSettings
+simulate = _native.simulate
 
 __all__ = [
     "BlockEngine",
@@ -54,6 +56,7 @@ __all__ = [
     "PeerMemory",
     "RawPutLoop",
     "RawPutTarget",
+    "SimSettings",
     "TcpEngine",
     "TcpError",
     "UcxEngine",
@@ -70,6 +73,7 @@ __all__ = [
     "crc32c_portable",
     "load_ucx",
     "parse_ucx_transports",
+    "simulate",
     "stream_copy_implementation",
     "ucx_candidates",
     "ucx_report",
