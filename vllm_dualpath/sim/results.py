@@ -132,9 +132,7 @@ class SimulationResult:
         }
 
 
-def _windows(
-    nodes: tuple[NodeResult, ...], per_window: int, first: int
-) -> npt.NDArray[np.float64]:
+def _windows(nodes: tuple[NodeResult, ...], per_window: int, first: int) -> npt.NDArray[np.float64]:
     """Bytes by node and by run of ``per_window`` windows."""
     length = max((len(node.window_bytes) for node in nodes), default=0)
     length = max(0, length - first)

@@ -83,6 +83,4 @@ def _agents(
     if config.agents is not None:
         return offline_agents(trajectories, config.agents, config.seed, first)
     assert config.agents_per_s is not None  # checked by SimulationConfig
-    return poisson_agents(
-        trajectories, config.agents_per_s, config.duration_s, config.seed, first
-    )
+    return poisson_agents(trajectories, config.agents_per_s, config.duration_s, config.seed, first)
