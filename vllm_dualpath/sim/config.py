@@ -1,4 +1,4 @@
-"""What a user may choose of a simulation, checked: the cluster, the load, the policy, the faults."""
+"""What a user may choose of a simulation, checked: cluster, load, policy, faults."""
 
 from __future__ import annotations
 

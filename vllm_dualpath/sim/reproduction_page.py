@@ -53,7 +53,8 @@ def _markdown(rows: Sequence[Row], short: bool) -> str:
 
 def _cells(row: Row) -> tuple[str, ...]:
     half = "held out" if row.held_out else "development"
-    off = f"{row.deviation():.1%}" if row.paper else "-"
+    deviation = row.deviation()
+    off = "-" if deviation is None else f"{deviation:.1%}"
     paper = _figures(row.paper, row.unit) if row.paper else "not in our notes"
     return row.figure, row.what, half, paper, _figures(row.ours, row.unit), off
 
