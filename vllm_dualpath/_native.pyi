@@ -244,6 +244,7 @@ class SimSettings:
     measure_from_s: float
     measure_until_s: float
     seed: int
+    policy: PolicyParameters
     def __init__(self) -> None: ...
     @property
     def shape(self) -> SimShape: ...
@@ -253,17 +254,6 @@ class SimSettings:
     def decode(self) -> SimDecodeCost: ...
     @property
     def switches(self) -> SimSwitches: ...
-    def set_policy(
-        self,
-        mode: str,
-        placement: str | None,
-        read_path: str | None,
-        alpha_s: float,
-        beta_tokens: int,
-        min_segment_blocks: int,
-        max_readers: int,
-        recompute: bool,
-    ) -> None: ...
     def set_curve(self, tokens_per_s: float, s_per_token_pair: float) -> None: ...
     def add_fault(
         self, kind: str, node: int, at_s: float, factor: float, until_s: float
@@ -278,3 +268,106 @@ def simulate(
     first_tokens: npt.NDArray[np.int32],
     arrival_s: npt.NDArray[np.float64],
 ) -> dict[str, Any]: ...
+
+NO_LIMIT: int
+
+class Role:
+    PREFILL: Role
+    DECODE: Role
+
+class Placement:
+    ROUND_ROBIN: Placement
+    FEWEST_TOKENS: Placement
+    PAPER: Placement
+    BALANCED: Placement
+
+class ReadPath:
+    PREFILL: ReadPath
+    ALTERNATE: ReadPath
+    SHORTER_QUEUE: ReadPath
+    SPLIT: ReadPath
+    POOL: ReadPath
+
+class NodeState:
+    read_queue_tokens: int
+    push_queue_tokens: int
+    read_rate: float
+    push_rate: float
+    def __init__(self) -> None: ...
+
+class EngineState:
+    role: Role
+    usable: bool
+    node: int
+    group: int
+    num_requests: int
+    num_tokens: int
+    num_compute_tokens: int
+    free_kv_tokens: int
+    free_staging_tokens: int
+    max_request_tokens: int
+    def __init__(self) -> None: ...
+
+class ClusterView:
+    nominal_read_rate: float
+    def __init__(self, nodes: Sequence[NodeState], engines: Sequence[EngineState]) -> None: ...
+    def node(self, index: int) -> NodeState: ...
+    def engine(self, index: int) -> EngineState: ...
+    def add_read_queue(self, node: int, num_tokens: int) -> None: ...
+    def add_load(
+        self,
+        engine: int,
+        num_requests: int,
+        num_tokens: int,
+        num_compute_tokens: int,
+        room_tokens: int,
+    ) -> None: ...
+    def set_prefill_curve(self, tokens_per_s: float, s_per_token_pair: float) -> None: ...
+    def check(self) -> None: ...
+
+class WaitingLine:
+    def __init__(self) -> None: ...
+    def push(self, num_tokens: int) -> int: ...
+    def pop(self) -> None: ...
+    def cancel(self, ticket: int) -> bool: ...
+    def head(self) -> int: ...
+    def tokens_fitting(self, room: int) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    def __len__(self) -> int: ...
+
+class ReadRate:
+    def __init__(self) -> None: ...
+    def add(self, num_tokens: int, busy_s: float, elapsed_s: float, nominal: float) -> None: ...
+    @property
+    def rate(self) -> float: ...
+
+class PolicyParameters:
+    placement: Placement
+    read_path: ReadPath
+    alpha_s: float
+    beta_tokens: int
+    z_slack: float
+    min_segment_blocks: int
+    max_readers: int
+    split_fraction: float
+    near_tie: float
+    read_past_cache: bool
+    recompute: bool
+    recompute_price: float
+    def __init__(self, mode: str) -> None: ...
+
+class PolicyCore:
+    def __init__(self, parameters: PolicyParameters) -> None: ...
+    def decide(
+        self,
+        view: ClusterView,
+        num_tokens: int,
+        num_hit_blocks: int,
+        block_tokens: int,
+        reserve_tokens: int = 0,
+        line: WaitingLine | None = None,
+        ignore_load: bool = False,
+        turn: int = 0,
+        cached: Sequence[tuple[int, int]] = (),
+    ) -> tuple[int, int, int, int, int, tuple[tuple[int, int, int], ...], float]: ...

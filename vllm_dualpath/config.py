@@ -24,7 +24,7 @@ _DECODE_PERSIST_SLOTS = 64
 """Enough for the generated blocks of a large batch: each is stored in a fraction of a second."""
 
 EngineRole = Literal["prefill", "decode", "both"]
-Mode = Literal["prefill_only", "dual", "split"]
+Mode = Literal["prefill_only", "dual", "split", "pool"]
 StoreIo = Literal["auto", "io_uring", "threads"]
 
 
@@ -171,8 +171,37 @@ class RouterConfig(_Frozen):
         "tcp://127.0.0.1:9100", description="control address that movers connect to"
     )
     mode: Mode = Field("dual", description="policy: who reads the hit blocks")
-    split_fraction: float = Field(
-        0.5, ge=0, le=1, description="split mode: share the prefill side reads"
+    split_fraction: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="split mode: share the prefill side reads; default: by queues and rates, so"
+        " that both sides end together",
+    )
+    min_segment_blocks: int = Field(
+        4, ge=1, description="split mode: a side reads at least so many blocks, or none"
+    )
+    alpha_s: float = Field(
+        3.0, gt=0, description="a prefill engine with more seconds to read is avoided"
+    )
+    beta_s: float = Field(
+        5.0, gt=0, description="a prefill engine with more seconds of tokens takes no request"
+    )
+    prefill_tokens_per_s: float | None = Field(
+        None,
+        gt=0,
+        description="what a prefill engine computes; without it beta does not count",
+    )
+    recompute: bool = Field(
+        False,
+        description="do not read the end of a hit that is computed sooner than read; needs"
+        " prefill_tokens_per_s",
+    )
+    queue_wait_s: float = Field(
+        60.0,
+        ge=0,
+        description="a request waits this long for an engine below beta or with room; then it goes"
+        " where the load is least",
     )
     keys: Path | None = Field(None, description="CURVE key directory; required off loopback")
     insecure: bool = Field(False, description="allow unauthenticated control off loopback")
@@ -189,7 +218,14 @@ class RouterConfig(_Frozen):
         return check_endpoint(value)
 
     @model_validator(mode="after")
-    def _secure(self) -> RouterConfig:
+    def _consistent(self) -> RouterConfig:
+        if self.mode == "pool":
+            raise ValueError(
+                "mode 'pool' needs movers that read for others (donors), which are not built yet:"
+                " use 'split'"
+            )
+        if self.recompute and self.prefill_tokens_per_s is None:
+            raise ValueError("recompute needs prefill_tokens_per_s")
         require_security(self.control, self.keys, self.insecure, "control")
         return self
 

@@ -13,6 +13,7 @@
      |    `-- IncompatiblePeer     another protocol version, model or geometry
      |-- ProtocolError             a message that breaks the wire rules; rejected and counted
      |-- StagingFull               no slots now and the caller asked not to wait
+     |-- SyncLoadFailed            a forward pass reads KV that was not loaded; ends the engine
      |-- LaunchError               a process of a local cluster did not start or ended early
      |-- SimulationStalled         faults left agents that no simulated engine can serve
      |-- RequestError              a server refused a request or answered something else
@@ -73,6 +74,13 @@ class ProtocolError(DualPathError):
 
 class StagingFull(DualPathError):
     """No staging slots are free and the caller did not ask to wait."""
+
+
+class SyncLoadFailed(DualPathError):
+    """A forward pass reads KV that could not be loaded, and vLLM would use what it computes.
+
+    The one error that may leave a hook: an engine that ends gives no wrong token.
+    """
 
 
 class LaunchError(DualPathError):

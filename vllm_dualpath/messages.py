@@ -108,6 +108,8 @@ class MoverStats(Message, frozen=True, kw_only=True):
     """Counters of a mover since its start (cumulative), and gauges of the moment."""
 
     storage_read_bytes: Count = 0
+    storage_read_busy_s: float = 0.0
+    """Seconds with at least one read under way."""
     storage_write_bytes: Count = 0
     push_to_prefill_bytes: Count = 0
     push_to_decode_bytes: Count = 0
@@ -302,6 +304,8 @@ class Hello(Message, frozen=True, kw_only=True):
     staging_address: Address
     num_slots: Count
     """Slots of the pool that transfers use."""
+    kv_tokens: Count = 0
+    """Tokens that fit the engine's KV cache; 0: not known."""
 
 
 class Goodbye(Message, frozen=True):
@@ -420,6 +424,8 @@ class MoverSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     root: Hash
     geometry: GeometrySpec
     max_model_len: Count
+    kv_tokens: Count = 0
+    """As in ``Hello``."""
 
 
 # --- engine -> mover (Unix socket) ---------------------------------------------------------------

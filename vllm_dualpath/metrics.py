@@ -54,6 +54,21 @@ ROUTER_DECISION_SECONDS = Metric(
     "Time the policy took for one decision.",
     buckets=_DECISION_BUCKETS,
 )
+ROUTER_WAIT_SECONDS = Metric(
+    "dualpath_router_wait_seconds",
+    "histogram",
+    "Time requests waited for an engine below beta or with room.",
+    buckets=_STAGE_BUCKETS,
+)
+ROUTER_WAITING = Metric(
+    "dualpath_router_waiting", "gauge", "Requests that wait for an engine below beta or with room."
+)
+STORAGE_NIC_RATE = Metric(
+    "dualpath_storage_nic_tokens_per_second",
+    "gauge",
+    "What an engine's storage NIC reads, as measured; 0 until it has read enough to tell.",
+    ("engine",),
+)
 STORAGE_NIC_QUEUE_TOKENS = Metric(
     "dualpath_storage_nic_queue_tokens",
     "gauge",
@@ -130,6 +145,9 @@ ROUTER_METRICS = (
     ROUTER_ATTEMPTS_FAILED,
     ROUTER_PLANNED_TOKENS,
     ROUTER_DECISION_SECONDS,
+    ROUTER_WAIT_SECONDS,
+    ROUTER_WAITING,
+    STORAGE_NIC_RATE,
     STORAGE_NIC_QUEUE_TOKENS,
     ROUTER_REJECTED_MESSAGES,
 )

@@ -44,24 +44,47 @@ RawPutLoop = _native.RawPutLoop
 RawPutTarget = _native.RawPutTarget
 SimSettings = _native.SimSettings
 simulate = _native.simulate
+ClusterView = _native.ClusterView
+EngineState = _native.EngineState
+NodeState = _native.NodeState
+Placement = _native.Placement
+PolicyCore = _native.PolicyCore
+PolicyParameters = _native.PolicyParameters
+ReadPath = _native.ReadPath
+ReadRate = _native.ReadRate
+Role = _native.Role
+WaitingLine = _native.WaitingLine
+NO_LIMIT = _native.NO_LIMIT
+"""Of a count of tokens: as many as there are."""
 
 __all__ = [
+    "NO_LIMIT",
     "BlockEngine",
+    "ClusterView",
     "CopyQueue",
     "CudaCopies",
     "CudaMark",
+    "EngineState",
+    "NodeState",
     "PageMap",
     "PageRows",
     "PeerClosedError",
     "PeerMemory",
+    "Placement",
+    "PolicyCore",
+    "PolicyParameters",
     "RawPutLoop",
     "RawPutTarget",
+    "ReadPath",
+    "ReadRate",
+    "Role",
     "SimSettings",
     "TcpEngine",
     "TcpError",
     "UcxEngine",
     "UcxError",
     "UcxReport",
+    "WaitingLine",
     "atomic_compare_exchange_u64",
     "atomic_fetch_add_u64",
     "atomic_load_u64",

@@ -96,11 +96,14 @@ std::chrono::nanoseconds seconds(double value) {
         std::chrono::duration<double>(std::min(value, most)));
 }
 
+CopyDirection direction_of(bool load) { return load ? CopyDirection::kLoad : CopyDirection::kSave; }
+
+CopyLane lane_of(bool background) { return background ? CopyLane::kBackground : CopyLane::kUrgent; }
+
 std::uint64_t submit(CopyQueue& queue, std::shared_ptr<PageRows> rows, bool load,
                      std::size_t first_layer, std::size_t end_layer, bool background) {
-    const auto direction = load ? CopyDirection::kLoad : CopyDirection::kSave;
-    const auto lane = background ? CopyLane::kBackground : CopyLane::kUrgent;
-    return queue.submit({std::move(rows), direction, first_layer, end_layer, nullptr}, lane);
+    return queue.submit({std::move(rows), direction_of(load), first_layer, end_layer, nullptr},
+                        lane_of(background));
 }
 
 CudaMethod method_named(const std::string& name) {
@@ -125,10 +128,8 @@ void bind_cuda(py::module_& module) {
             [](CudaCopies& copies, std::shared_ptr<PageRows> rows, bool load,
                std::size_t first_layer, std::size_t end_layer, const CudaMark& after,
                bool background) {
-                return copies.submit(std::move(rows),
-                                     load ? CopyDirection::kLoad : CopyDirection::kSave,
-                                     first_layer, end_layer,
-                                     background ? CopyLane::kBackground : CopyLane::kUrgent, after);
+                return copies.submit(std::move(rows), direction_of(load), first_layer, end_layer,
+                                     lane_of(background), after);
             },
             py::arg("rows"), py::arg("load"), py::arg("first_layer"), py::arg("end_layer"),
             py::arg("after"), py::arg("background") = false)
@@ -160,9 +161,8 @@ void bind_cuda(py::module_& module) {
 // The tickets of all layers, in order.
 py::list submit_layers(CopyQueue& queue, std::shared_ptr<PageRows> rows, bool load) {
     const std::size_t num_layers = rows->map().layers().size();
-    const auto direction = load ? CopyDirection::kLoad : CopyDirection::kSave;
-    const auto first = queue.submit_layers({std::move(rows), direction, 0, num_layers, nullptr},
-                                           CopyLane::kUrgent);
+    const auto first = queue.submit_layers(
+        {std::move(rows), direction_of(load), 0, num_layers, nullptr}, CopyLane::kUrgent);
     py::list tickets(num_layers);
     for (std::size_t i = 0; i < num_layers; ++i) {
         tickets[i] = py::int_(first + i * CopyQueue::kTicketStep);

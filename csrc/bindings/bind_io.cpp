@@ -3,7 +3,6 @@
 
 #include <memory>
 #include <string>
-#include <system_error>
 
 #include "bindings/bindings.hpp"
 #include "io/block_engine.hpp"
@@ -86,20 +85,9 @@ std::unique_ptr<BlockEngine> make_engine(bool io_uring, bool direct, unsigned nu
     return std::make_unique<BlockEngine>(std::move(layout), options);
 }
 
-// With its errno, so that Python sees the OSError that it would have seen from its own call.
-void translate_system_error(std::exception_ptr pointer) {
-    try {
-        if (pointer) std::rethrow_exception(pointer);
-    } catch (const std::system_error& error) {
-        const py::tuple arguments = py::make_tuple(error.code().value(), error.what());
-        PyErr_SetObject(PyExc_OSError, arguments.ptr());
-    }
-}
-
 }  // namespace
 
 void bind_io(py::module_& module) {
-    py::register_local_exception_translator(&translate_system_error);
     using release = py::call_guard<py::gil_scoped_release>;
     py::class_<BlockEngine>(module, "BlockEngine")
         .def(py::init(&make_engine), py::kw_only(), py::arg("io_uring"), py::arg("direct"),

@@ -1,11 +1,10 @@
 // The baseline of `bench mover`: a plain ucp_put_nbx loop and its target.
-#include <pybind11/numpy.h>
-
 #include <chrono>
 #include <memory>
 #include <string>
 
 #include "bindings/bindings.hpp"
+#include "bindings/transport_bindings.hpp"
 #include "ucx/raw_put_loop.hpp"
 #include "ucx/raw_put_target.hpp"
 
@@ -14,21 +13,15 @@ namespace py = pybind11;
 namespace dualpath {
 namespace {
 
-using PutArray = py::array_t<std::uint64_t, py::array::c_style>;
-
 std::chrono::milliseconds milliseconds(double seconds) {
     if (!(seconds > 0 && seconds < 1e6)) throw std::invalid_argument("timeout_s: 0 to 1e6 seconds");
     return std::chrono::milliseconds(static_cast<std::int64_t>(seconds * 1e3) + 1);
 }
 
 double put(RawPutLoop& loop, const PutArray& pieces, std::size_t progress_every, double timeout_s) {
-    if (pieces.ndim() != 2 || pieces.shape(1) != 3) {
-        throw std::invalid_argument("pieces must have the shape (num_pieces, 3)");
-    }
-    const auto* first = reinterpret_cast<const Piece*>(pieces.data());
-    const auto num_pieces = static_cast<std::size_t>(pieces.shape(0));
+    const PieceList list(pieces);
     const py::gil_scoped_release release;
-    return loop.put(first, num_pieces, progress_every, milliseconds(timeout_s));
+    return loop.put(list.first, list.size, progress_every, milliseconds(timeout_s));
 }
 
 }  // namespace

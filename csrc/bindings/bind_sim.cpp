@@ -1,7 +1,5 @@
 #include <pybind11/numpy.h>
-#include <pybind11/stl.h>
 
-#include <optional>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -27,39 +25,6 @@ std::span<const T> span_of(const Array<T>& array) {
 template <class T>
 py::array_t<T> to_array(const std::vector<T>& values) {
     return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
-}
-
-policy::Placement placement_of(const std::string& name) {
-    if (name == "round_robin") return policy::Placement::kRoundRobin;
-    if (name == "fewest_tokens") return policy::Placement::kFewestTokens;
-    if (name == "paper") return policy::Placement::kPaper;
-    if (name == "balanced") return policy::Placement::kBalanced;
-    throw std::invalid_argument("placement: unknown name '" + name + "'");
-}
-
-policy::ReadPath read_path_of(const std::string& name) {
-    if (name == "prefill") return policy::ReadPath::kPrefill;
-    if (name == "alternate") return policy::ReadPath::kAlternate;
-    if (name == "shorter_queue") return policy::ReadPath::kShorterQueue;
-    if (name == "split") return policy::ReadPath::kSplit;
-    if (name == "pool") return policy::ReadPath::kPool;
-    throw std::invalid_argument("read_path: unknown name '" + name + "'");
-}
-
-void set_policy(sim::Settings& settings, const std::string& mode,
-                const std::optional<std::string>& placement,
-                const std::optional<std::string>& read_path, double alpha_s,
-                std::int64_t beta_tokens, std::uint32_t min_segment_blocks,
-                std::uint32_t max_readers, bool recompute) {
-    policy::Parameters parameters = policy::parameters_of(mode);
-    if (placement) parameters.placement = placement_of(*placement);
-    if (read_path) parameters.read_path = read_path_of(*read_path);
-    parameters.alpha_s = alpha_s;
-    parameters.beta_tokens = beta_tokens;
-    parameters.min_segment_blocks = min_segment_blocks;
-    parameters.max_readers = max_readers;
-    parameters.recompute = recompute;
-    settings.policy = parameters;
 }
 
 void add_fault(sim::Settings& settings, const std::string& kind, std::uint32_t node, double at_s,
@@ -199,9 +164,7 @@ void bind_sim(py::module_& module) {
         .def_readwrite("measure_from_s", &sim::Settings::measure_from_s)
         .def_readwrite("measure_until_s", &sim::Settings::measure_until_s)
         .def_readwrite("seed", &sim::Settings::seed)
-        .def("set_policy", &set_policy, py::arg("mode"), py::arg("placement"), py::arg("read_path"),
-             py::arg("alpha_s"), py::arg("beta_tokens"), py::arg("min_segment_blocks"),
-             py::arg("max_readers"), py::arg("recompute"))
+        .def_readwrite("policy", &sim::Settings::policy)
         .def("set_curve",
              [](sim::Settings& settings, double tokens_per_s, double s_per_token_pair) {
                  settings.curve = {tokens_per_s, s_per_token_pair};

@@ -1,5 +1,4 @@
 // The TCP engine. Every method that may wait releases the GIL.
-#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -7,6 +6,7 @@
 #include <string>
 
 #include "bindings/bindings.hpp"
+#include "bindings/transport_bindings.hpp"
 #include "tcp/tcp_engine.hpp"
 
 namespace py = pybind11;
@@ -14,33 +14,11 @@ namespace py = pybind11;
 namespace dualpath {
 namespace {
 
-using PutArray = py::array_t<std::uint64_t, py::array::c_style>;
-
 Token to_token(const std::string& bytes) {
     Token token{};
     if (bytes.size() != token.size()) throw std::invalid_argument("a token has 16 bytes");
     std::copy(bytes.begin(), bytes.end(), token.begin());
     return token;
-}
-
-std::uint64_t put(TcpEngine& engine, std::uint64_t peer_id, const PutArray& pieces,
-                  const std::string& notice) {
-    if (pieces.ndim() != 2 || pieces.shape(1) != 3) {
-        throw std::invalid_argument("pieces must have the shape (num_pieces, 3)");
-    }
-    const auto* first = reinterpret_cast<const Piece*>(pieces.data());
-    const auto num_pieces = static_cast<std::size_t>(pieces.shape(0));
-    const py::gil_scoped_release release;
-    return engine.put(peer_id, first, num_pieces, notice);
-}
-
-py::list poll(TcpEngine& engine) {
-    std::vector<TransportEvent> events;
-    {
-        const py::gil_scoped_release release;
-        events = engine.poll();
-    }
-    return to_tuples(events);
 }
 
 }  // namespace
@@ -70,9 +48,10 @@ void bind_tcp(py::module_& module) {
             },
             py::arg("host"), py::arg("port"), py::arg("token"), py::arg("remote_address"),
             py::arg("remote_bytes"), py::arg("by_reference"))
-        .def("put", &put, py::arg("peer_id"), py::arg("pieces"), py::arg("notice"))
+        .def("put", &put_pieces<TcpEngine>, py::arg("peer_id"), py::arg("pieces"),
+             py::arg("notice"))
         .def("disconnect", &TcpEngine::disconnect, py::arg("peer_id"))
-        .def("poll", &poll)
+        .def("poll", &poll_events<TcpEngine>)
         .def("close", &TcpEngine::close, release());
 }
 

@@ -1,33 +1,18 @@
 // The UCX engine. Every method releases the GIL while it is in C++.
-#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
-#include <cerrno>
 #include <memory>
 #include <optional>
 #include <string>
-#include <system_error>
 
 #include "bindings/bindings.hpp"
+#include "bindings/transport_bindings.hpp"
 #include "ucx/ucx_engine.hpp"
 
 namespace py = pybind11;
 
 namespace dualpath {
 namespace {
-
-using PutArray = py::array_t<std::uint64_t, py::array::c_style>;
-
-std::uint64_t put(UcxEngine& engine, std::uint64_t peer_id, const PutArray& pieces,
-                  const std::string& notice) {
-    if (pieces.ndim() != 2 || pieces.shape(1) != 3) {
-        throw std::invalid_argument("pieces must have the shape (num_pieces, 3)");
-    }
-    const auto* first = reinterpret_cast<const Piece*>(pieces.data());
-    const auto num_pieces = static_cast<std::size_t>(pieces.shape(0));
-    const py::gil_scoped_release release;
-    return engine.put(peer_id, first, num_pieces, notice);
-}
 
 std::uint64_t connect(UcxEngine& engine, const std::string& host, std::uint16_t port,
                       const std::string& worker_address, const std::string& remote_key,
@@ -39,25 +24,7 @@ std::uint64_t connect(UcxEngine& engine, const std::string& host, std::uint16_t 
     return engine.connect(std::move(target), remote_address, remote_bytes);
 }
 
-py::list poll(UcxEngine& engine) {
-    std::vector<TransportEvent> events;
-    {
-        const py::gil_scoped_release release;
-        events = engine.poll();
-    }
-    return to_tuples(events);
-}
-
 }  // namespace
-
-py::list to_tuples(const std::vector<TransportEvent>& events) {
-    py::list list;
-    for (const TransportEvent& event : events) {
-        list.append(py::make_tuple(static_cast<int>(event.kind), event.id, event.ok,
-                                   py::bytes(event.text), event.untouched));
-    }
-    return list;
-}
 
 void bind_ucx(py::module_& module) {
     using release = py::call_guard<py::gil_scoped_release>;
@@ -75,15 +42,8 @@ void bind_ucx(py::module_& module) {
         .def(py::init([](pid_t pid, int fd, std::uint64_t device, std::uint64_t inode,
                          std::uint64_t remote_address, std::size_t num_bytes) {
                  const py::gil_scoped_release guard;
-                 try {
-                     return std::make_shared<PeerMemory>(SharedFile{pid, fd, device, inode},
-                                                         remote_address, num_bytes);
-                 } catch (const std::system_error& error) {
-                     const py::gil_scoped_acquire acquire;
-                     errno = error.code().value();
-                     PyErr_SetFromErrno(PyExc_OSError);
-                     throw py::error_already_set();
-                 }
+                 return std::make_shared<PeerMemory>(SharedFile{pid, fd, device, inode},
+                                                     remote_address, num_bytes);
              }),
              py::arg("pid"), py::arg("fd"), py::arg("device"), py::arg("inode"),
              py::arg("remote_address"), py::arg("num_bytes"));
@@ -110,9 +70,10 @@ void bind_ucx(py::module_& module) {
         .def("connect", &connect, py::arg("host"), py::arg("port"), py::arg("worker_address"),
              py::arg("remote_key"), py::arg("remote_address"), py::arg("remote_bytes"),
              py::arg("memory") = nullptr)
-        .def("put", &put, py::arg("peer_id"), py::arg("pieces"), py::arg("notice"))
+        .def("put", &put_pieces<UcxEngine>, py::arg("peer_id"), py::arg("pieces"),
+             py::arg("notice"))
         .def("disconnect", &UcxEngine::disconnect, py::arg("peer_id"), release())
-        .def("poll", &poll)
+        .def("poll", &poll_events<UcxEngine>)
         .def("close", &UcxEngine::close, release());
 }
 

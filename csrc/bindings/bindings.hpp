@@ -3,12 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include "core/event_queue.hpp"
-
 namespace dualpath {
-
-// (kind, id, ok, text, untouched) tuples: the bytes of a notice need not be UTF-8.
-pybind11::list to_tuples(const std::vector<TransportEvent>& events);
 
 void bind_io(pybind11::module_& module);
 void bind_copy(pybind11::module_& module);

@@ -43,6 +43,8 @@ class CopyDevice {
     // Throws std::runtime_error if it refuses.
     virtual void copy(const CopyOrder& order, CopyLane lane, std::size_t layer,
                       std::size_t first_row, std::size_t end_row) = 0;
+    // After a failure: returns once nothing that was handed over touches memory any more.
+    virtual void settle() noexcept {}
 };
 
 // Between memories that this process can reach: a copy is done when copy() returns.

@@ -94,8 +94,9 @@ CopyQueue::Ticket CopyQueue::push(CopyOrder order, CopyLane lane) {
 
 bool CopyQueue::done(Ticket ticket) const {
     const std::lock_guard lock(mutex_);
+    if (!settled(ticket)) return false;
     if (!error_.empty()) throw std::runtime_error(error_);
-    return settled(ticket);
+    return true;
 }
 
 bool CopyQueue::wait(Ticket ticket, std::chrono::nanoseconds timeout) const {
@@ -107,7 +108,7 @@ bool CopyQueue::wait(Ticket ticket, std::chrono::nanoseconds timeout) const {
         in_time = waiter.wake.wait_for(lock, timeout, [&] { return settled(ticket); });
         std::erase(waiters_, &waiter);
     }
-    if (!error_.empty()) throw std::runtime_error(error_);
+    if (in_time && !error_.empty()) throw std::runtime_error(error_);
     return in_time;
 }
 
@@ -133,18 +134,29 @@ void CopyQueue::run() {
         if (lane == nullptr) break;
         Job& job = lane->jobs.front();  // stays where it is while others are queued behind it
         bool last = true;
-        lock.unlock();
-        error = error_of([&] { last = advance(job, static_cast<CopyLane>(lane - lanes_.data())); });
-        lock.lock();
-        if (error_.empty()) error_ = std::move(error);
+        if (error_.empty()) {
+            lock.unlock();
+            error =
+                error_of([&] { last = advance(job, static_cast<CopyLane>(lane - lanes_.data())); });
+            lock.lock();
+            if (!error.empty()) fail(std::move(error), lock);
+        }
         if (last) {
             lane->jobs.pop_front();
             ++lane->num_done;
+            wake_waiters();
         }
-        wake_waiters();
     }
     ended_ = true;
     end_.notify_all();
+}
+
+// Earlier copies may be under way in the device: whoever learns of the failure frees their memory.
+void CopyQueue::fail(std::string error, std::unique_lock<std::mutex>& lock) {
+    lock.unlock();
+    device_->settle();
+    lock.lock();
+    error_ = std::move(error);
 }
 
 void CopyQueue::wake_waiters() {
@@ -180,7 +192,7 @@ bool CopyQueue::advance(Job& job, CopyLane lane) {
 
 bool CopyQueue::settled(Ticket ticket) const {
     const Lane& lane = lanes_[ticket % lanes_.size()];
-    return !error_.empty() || lane.num_done >= ticket / lanes_.size();
+    return lane.num_done >= ticket / lanes_.size();
 }
 
 }  // namespace dualpath

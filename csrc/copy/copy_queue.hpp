@@ -20,6 +20,8 @@ namespace dualpath {
 // nothing urgent waits. A background copy must not touch pages of an urgent one that is submitted
 // after it: those may overtake it. Copies submitted before it are always carried out first.
 //
+// A copy that fails ends them all: the device may be gone. Those behind it are not carried out.
+//
 // Any thread may call. The thread sleeps while there is nothing to do.
 class CopyQueue {
   public:
@@ -40,8 +42,8 @@ class CopyQueue {
     Ticket submit_layers(const CopyOrder& order, CopyLane lane);
     static constexpr Ticket kTicketStep = 2;
 
-    // Whether the copy is carried out; 0 always is. Throws std::runtime_error, with the reason,
-    // once any copy has failed.
+    // Whether the copy is carried out, or never will be and touches nothing any more; 0 always is.
+    // Throws std::runtime_error for one that is done once any copy has failed, with the reason.
     bool done(Ticket ticket) const;
     // Waits for that; false after `timeout`.
     bool wait(Ticket ticket, std::chrono::nanoseconds timeout) const;
@@ -71,11 +73,11 @@ class CopyQueue {
     void check(const CopyOrder& order) const;
     Ticket push(CopyOrder order, CopyLane lane);
     void run();
+    void fail(std::string error, std::unique_lock<std::mutex>& lock);
     Lane* next_lane();
     void wake_waiters();
     // One slice of a job; true when it was the last.
     bool advance(Job& job, CopyLane lane);
-    // Whether a wait for the ticket is over, well or not.
     bool settled(Ticket ticket) const;
 
     const std::unique_ptr<CopyDevice> device_;

@@ -68,6 +68,16 @@ class CudaDevice final : public CopyDevice {
         }
     }
 
+    void settle() noexcept override {
+        for (const CopyLane lane : {CopyLane::kUrgent, CopyLane::kBackground}) {
+            try {
+                lanes_->enter().stream_synchronize(lanes_->stream(lane));
+            } catch (const CudaError&) {
+                // The context is broken: the driver has ended what ran in it.
+            }
+        }
+    }
+
   private:
     void collect(const CopyOrder& order, std::size_t layer, std::size_t first_row,
                  std::size_t end_row) {

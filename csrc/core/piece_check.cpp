@@ -7,8 +7,6 @@
 namespace dualpath {
 namespace {
 
-constexpr std::size_t kMaxNoticeBytes = 4096;
-
 std::string describe(const Piece& piece) {
     char text[96];
     std::snprintf(text, sizeof text, "piece (local %#llx, remote %#llx, %llu bytes)",

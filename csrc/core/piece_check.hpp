@@ -20,7 +20,9 @@ class PeerClosedError : public std::runtime_error {
 void check_pieces(const std::vector<Span>& local, const Span& remote, const Piece* pieces,
                   std::size_t num_pieces);
 
-// Throws std::invalid_argument for a notice above the 4096 bytes of transport/base.py.
+inline constexpr std::size_t kMaxNoticeBytes = 4096;  // as transport/base.py says
+
+// Throws std::invalid_argument for a longer notice.
 void check_notice(std::size_t num_bytes);
 
 }  // namespace dualpath

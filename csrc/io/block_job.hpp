@@ -1,6 +1,7 @@
 // What a lane runs: a request for one block, the state machine that serves it, and its outcome.
 #pragma once
 
+#include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -51,6 +52,10 @@ struct BlockOutcome {
     std::string header{};               // reads that are done: as it lies in the file
     std::vector<std::uint32_t> crcs{};  // reads that are done and verify: one a layer
 };
+
+// A step that ends so is asked for again, at most so often.
+inline constexpr unsigned kMaxRetries = 16;
+inline bool is_transient(std::int64_t result) { return result == -EINTR || result == -EAGAIN; }
 
 // The state machine of one block. It makes no calls itself: an executor asks for operations,
 // performs them in whatever order and number it likes, and reports each result. One thread.

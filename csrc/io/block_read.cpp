@@ -6,14 +6,6 @@
 #include <utility>
 
 namespace dualpath {
-namespace {
-
-constexpr unsigned kMaxRetries = 16;
-
-bool is_transient(std::int64_t result) { return result == -EINTR || result == -EAGAIN; }
-
-}  // namespace
-
 BlockRead::BlockRead(BlockRequest request, const TransferOptions& options)
     : request_(std::move(request)),
       options_(options),

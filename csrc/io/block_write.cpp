@@ -11,10 +11,6 @@
 namespace dualpath {
 namespace {
 
-constexpr unsigned kMaxRetries = 16;
-
-bool is_transient(std::int64_t result) { return result == -EINTR || result == -EAGAIN; }
-
 std::string parent_of(const std::string& path) { return path.substr(0, path.rfind('/')); }
 
 void store_u32(std::byte* where, std::uint32_t value) {

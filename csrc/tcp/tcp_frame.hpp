@@ -25,7 +25,6 @@ struct Greeting {
 struct FrameHeader {
     // 64 MiB of descriptors: far above any batch, so that a length that makes no sense ends here.
     static constexpr std::uint32_t kMaxPieces = 1 << 22;
-    static constexpr std::uint32_t kMaxNoticeBytes = 4096;
     std::uint64_t batch_id = 0;
     std::uint32_t num_pieces = 0;
     std::uint32_t notice_bytes = 0;

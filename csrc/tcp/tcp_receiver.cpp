@@ -8,6 +8,8 @@
 #include <cerrno>
 #include <utility>
 
+#include "core/piece_check.hpp"
+
 namespace dualpath {
 namespace {
 
@@ -74,8 +76,7 @@ bool TcpReceiver::greet() {
 bool TcpReceiver::receive_batch() {
     FrameHeader header;
     if (!read(&header, sizeof header)) return false;
-    if (header.num_pieces > FrameHeader::kMaxPieces ||
-        header.notice_bytes > FrameHeader::kMaxNoticeBytes) {
+    if (header.num_pieces > FrameHeader::kMaxPieces || header.notice_bytes > kMaxNoticeBytes) {
         throw TcpError("a batch of impossible size");
     }
     pieces_.resize(header.num_pieces);

@@ -39,7 +39,7 @@ void RawPutLoop::connect(const std::string& remote_worker, const std::string& re
 double RawPutLoop::put(const Piece* pieces, std::size_t num_pieces, std::size_t progress_every,
                        std::chrono::milliseconds timeout) {
     for (const Piece* piece = pieces; piece != pieces + num_pieces; ++piece) {
-        if (!worker_.contains((*piece)[0], (*piece)[2])) {
+        if (!worker_.span().contains((*piece)[0], (*piece)[2])) {
             throw std::invalid_argument("a piece is outside the registered memory");
         }
     }

@@ -6,7 +6,7 @@ namespace dualpath {
 
 RawWorker::RawWorker(std::shared_ptr<const UcxLibrary> library, std::uintptr_t address,
                      std::size_t num_bytes)
-    : library_(std::move(library)), address_(address), num_bytes_(num_bytes) {
+    : library_(std::move(library)), span_{address, num_bytes} {
     if (address == 0 || num_bytes == 0 || address + num_bytes < address) {
         throw std::invalid_argument("memory needs an address and a size");
     }
@@ -39,8 +39,8 @@ void RawWorker::open() {
 
     ucp_mem_map_params_t memory_params{};
     memory_params.field_mask = UCP_MEM_MAP_PARAM_FIELD_ADDRESS | UCP_MEM_MAP_PARAM_FIELD_LENGTH;
-    memory_params.address = reinterpret_cast<void*>(address_);
-    memory_params.length = num_bytes_;
+    memory_params.address = reinterpret_cast<void*>(span_.address);
+    memory_params.length = span_.num_bytes;
     library_->check(library_->ucp_mem_map(context_, &memory_params, &memory_),
                     "registering memory");
 }
@@ -69,11 +69,6 @@ std::string RawWorker::packed_key() const {
     std::string key(static_cast<const char*>(buffer), size);
     library_->ucp_rkey_buffer_release(buffer);
     return key;
-}
-
-bool RawWorker::contains(std::uint64_t address, std::uint64_t num_bytes) const {
-    return address >= address_ && num_bytes <= num_bytes_ &&
-           address - address_ <= num_bytes_ - num_bytes;
 }
 
 }  // namespace dualpath

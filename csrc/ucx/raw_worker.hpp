@@ -6,6 +6,7 @@
 #include <memory>
 #include <string>
 
+#include "core/span.hpp"
 #include "ucx/ucx_library.hpp"
 
 namespace dualpath {
@@ -28,16 +29,15 @@ class RawWorker {
     // Both for a peer: how to reach the worker, and the key of its memory.
     std::string worker_address() const;
     std::string packed_key() const;
-    // Whether [address, address + num_bytes) lies in the registered memory, without overflow.
-    bool contains(std::uint64_t address, std::uint64_t num_bytes) const;
+    // The registered memory.
+    const Span& span() const { return span_; }
 
   private:
     void open();
     void close();
 
     std::shared_ptr<const UcxLibrary> library_;
-    std::uintptr_t address_;
-    std::size_t num_bytes_;
+    Span span_;
     ucp_context_h context_ = nullptr;
     ucp_worker_h worker_ = nullptr;
     ucp_mem_h memory_ = nullptr;

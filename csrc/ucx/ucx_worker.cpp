@@ -2,6 +2,8 @@
 
 #include <utility>
 
+#include "core/piece_check.hpp"
+
 namespace dualpath {
 
 UcxWorker::UcxWorker(std::shared_ptr<UcxContext> context, NoticeHandler on_notice)

@@ -15,7 +15,6 @@ namespace dualpath {
 class UcxWorker {
   public:
     static constexpr unsigned kNoticeId = 1;
-    static constexpr std::size_t kMaxNoticeBytes = 4096;
     using NoticeHandler = std::function<void(std::string_view)>;
 
     // `on_notice` runs inside progress() and must not call UCX.

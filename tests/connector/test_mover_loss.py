@@ -8,6 +8,7 @@ import pytest
 
 from tests.connector.engine import key_of
 from vllm_dualpath.blocks import chain_hashes
+from vllm_dualpath.connector import worker_mover
 from vllm_dualpath.messages import LocalLoad, Release, Saved
 
 PROMPT = list(range(1, 43))
@@ -67,6 +68,30 @@ def test_synchronous_load_outlives_its_mover(engine, is_async):
     e.run()
     e.check_output("r", 1)
     check_free(e)
+    replace(e)
+
+
+def test_step_that_takes_long_keeps_the_memory_it_names(engine, monkeypatch):
+    """An engine that looks idle while a step's orders are on their way gives up no mapping."""
+    monkeypatch.setattr(worker_mover, "_IDLE_S", 0.05)
+    e = engine("prefill")
+    e.stage(PROMPT, SLOTS, 16)
+    e.add("r", PROMPT, 1, e.mover.publish(e.root, PROMPT, 2, SLOTS))
+    start_loads = e.worker.start_load_kv
+
+    def late(context) -> None:
+        lose(e)
+        time.sleep(0.7)
+        start_loads(context)
+
+    monkeypatch.setattr(e.worker, "start_load_kv", late)
+    step = e.schedule()
+    output = e.execute(step)
+    assert not output.kv_connector_output.invalid_block_ids
+    monkeypatch.undo()
+    e.update(step, output)
+    e.run()
+    e.check_output("r", 1)
     replace(e)
 
 

@@ -61,7 +61,7 @@ def slow(engine):
         side = e.worker._worker.side
         side._engine.close()
         copies = SlowCopies(delay_s)
-        side._engine = copies
+        side._engine = side._batches._engine = copies
         return e
 
     return make

@@ -83,12 +83,28 @@ class GatedDevice final : public CopyDevice {
     Log& log_;
 };
 
+// Fails at its second copy, and takes its time to come to rest.
 class FailingDevice final : public CopyDevice {
   public:
+    struct Log {
+        std::atomic<int> num_copies{0};
+        std::atomic<bool> at_rest{false};
+        std::counting_semaphore<> settling{0};
+        std::counting_semaphore<> allowed{0};
+    };
+    explicit FailingDevice(Log& log) : log_(log) {}
     std::size_t slice_bytes() const override { return 1 << 20; }
     void copy(const CopyOrder&, CopyLane, std::size_t, std::size_t, std::size_t) override {
-        throw std::runtime_error("the device is gone");
+        if (++log_.num_copies == 2) throw std::runtime_error("the device is gone");
     }
+    void settle() noexcept override {
+        log_.settling.release();
+        log_.allowed.acquire();
+        log_.at_rest = true;
+    }
+
+  private:
+    Log& log_;
 };
 
 void check_round_trip(std::size_t num_runs, std::size_t run_bytes) {
@@ -201,11 +217,30 @@ TEST(copy_urgent_overtakes_background) {
 
 TEST(copy_failure_is_told_with_its_reason) {
     Memories m(1, 64);
-    CopyQueue queue(std::make_unique<FailingDevice>());
+    FailingDevice::Log log;
+    CopyQueue queue(std::make_unique<FailingDevice>(log));
     const auto ticket =
         queue.submit(order(m.rows({{0, 0, 0}}), CopyDirection::kSave), CopyLane::kUrgent);
+    log.settling.acquire();
+    // The first copy may still be under way in the device: nobody is told to go on.
+    CHECK(!queue.done(ticket) && !queue.wait(ticket, std::chrono::milliseconds(1)));
+    log.allowed.release();
     CHECK_THROWS(queue.wait(ticket, seconds(30)), std::runtime_error);
+    CHECK(log.at_rest);
     CHECK_THROWS(queue.done(0), std::runtime_error);
+    CHECK(queue.close(seconds(30)));
+}
+
+TEST(copy_after_a_failure_is_not_carried_out) {
+    Memories m(1, 64);
+    FailingDevice::Log log;
+    log.allowed.release();
+    CopyQueue queue(std::make_unique<FailingDevice>(log));
+    const auto rows = m.rows({{0, 0, 0}});
+    queue.submit(order(rows, CopyDirection::kSave), CopyLane::kUrgent);
+    const auto later = queue.submit(order(rows, CopyDirection::kLoad), CopyLane::kBackground);
+    CHECK_THROWS(queue.wait(later, seconds(30)), std::runtime_error);
+    CHECK(log.num_copies == 2);
     CHECK(queue.close(seconds(30)));
 }
 

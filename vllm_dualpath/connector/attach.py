@@ -133,14 +133,12 @@ class MoverConnection:
             started = time.monotonic()
             try:
                 self._side.prepare()
-                self._serve()
+                if not self._serve():
+                    continue  # connecting took its time
             except ConfigError as exc:
                 logger.error("the mover refused to start: %s", exc)
                 self._fatal = exc
                 self._first.set()
-            except TransferTimeout as exc:
-                logger.debug("no mover for the %s side yet: %s", self._kind, exc)
-                continue  # it may be starting still, and connecting took its time
             except (DualPathError, OSError) as exc:
                 logger.warning("no mover for the %s side: %s", self._kind, exc)
             except Exception:  # a bug of ours must not end the only thread that brings movers back
@@ -150,12 +148,16 @@ class MoverConnection:
             self._stop.wait(backoff_s)
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
-    def _serve(self) -> None:
-        """One connection, from connect to loss."""
+    def _serve(self) -> bool:
+        """One connection, from connect to loss. False if no mover listens yet."""
         self._wake.clear()
         inbox = _Inbox(self._side)
         link = EngineLink(self._path, self._kind, inbox.put, self._on_close)
-        attached, fds = link.connect(_CONNECT_TRY_S)
+        try:
+            attached, fds = link.connect(_CONNECT_TRY_S)
+        except TransferTimeout as exc:  # it may be starting still
+            logger.debug("no mover for the %s side yet: %s", self._kind, exc)
+            return False
         try:
             try:
                 self._side.attached(attached, fds)
@@ -170,6 +172,7 @@ class MoverConnection:
             self._link = self._boot_id = None
             self._side.lost()
             link.close()
+        return True
 
     def _open(self, link: EngineLink, boot_id: bytes) -> None:
         with self._opening:

@@ -1,5 +1,7 @@
 """Stands between vLLM and our two sides: no exception leaves a hook, no answer trips an assertion.
 
+But one: ``SyncLoadFailed`` says that the alternative is a wrong token, and ends the engine.
+
 vLLM takes an exception from a hook, an unknown or repeated request id, or a hit that covers a whole
 prompt synchronously as a reason to end the engine. None of these may be in our power.
 """
@@ -14,6 +16,7 @@ from vllm.logger import init_logger
 from vllm_dualpath import metrics
 from vllm_dualpath.connector.metadata import DualPathMetadata
 from vllm_dualpath.connector.stats import DualPathStats, Recorder
+from vllm_dualpath.errors import SyncLoadFailed
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -138,16 +141,17 @@ class GuardedWorker:
     def start_loads(self) -> None:
         try:
             self.side.start_loads()
+        except SyncLoadFailed:
+            raise
         except Exception as exc:
-            self._guard.note("start_loads", exc)
-            self._guard.call("fail_step", self.side.fail_step, None)
+            self._fail_step("start_loads", exc)
 
     def wait_for_layer(self, layer_name: str) -> None:
         # Once a layer and step: no detour through ``call``.
         try:
             self.side.wait_for_layer(layer_name)
         except Exception as exc:
-            self._guard.note("wait_for_layer", exc)
+            self._fail_step("wait_for_layer", exc)
 
     def save_layer(self, layer_name: str) -> None:
         try:
@@ -176,6 +180,15 @@ class GuardedWorker:
         self._delayed -= sent
         self._receiving -= received
         return sent, received, failed & received
+
+    def _fail_step(self, hook: str, exc: Exception) -> None:
+        self._guard.note(hook, exc)
+        try:
+            self.side.fail_step()
+        except SyncLoadFailed:
+            raise
+        except Exception as failure:
+            self._guard.note("fail_step", failure)
 
     def take_invalid_blocks(self) -> set[int]:
         return self._guard.call("take_invalid_blocks", self.side.take_invalid_blocks, set())

@@ -76,6 +76,7 @@ class HookRig:
             model="hook-timing",
             max_model_len=PAGES_PER_BLOCK,
             num_cache_blocks=self.num_blocks,
+            async_scheduling=False,
             socket_path=mover_socket_path(directory, "hook-timing"),
         )
 

@@ -136,7 +136,8 @@ class IndexCopies:
 
     def _index(self, values: list[np.ndarray[Any, np.dtype[np.int64]]]) -> torch.Tensor:
         joined = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *values]))
-        return joined.pin_memory().to(self._device, non_blocking=True)
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            return joined.pin_memory().to(self._device, non_blocking=True)
 
 
 def _check(copy: PageCopy, pages_per_block: int, num_blocks: int, num_slots: int) -> None:

@@ -64,23 +64,26 @@ class AsyncLoads:
 
     def start(self, step: DualPathMetadata) -> None:
         """Start this step's loads; orders are taken out of ``step`` as they are started."""
-        while step.failed_loads:
-            request_id, block_ids = step.failed_loads.pop()
-            self._end(request_id, block_ids, loaded_any=False, reason="not_ordered")
+        self._fail_unordered(step)
         while step.async_loads:
-            self._start_copy(step.async_loads.pop())
+            self._start_copy(step.async_loads[-1])
+            step.async_loads.pop()
         while step.store_loads:
-            self._ask_mover(step.store_loads.pop())
+            self._ask_mover(step.store_loads[-1])
+            step.store_loads.pop()
 
     def fail_all(self, step: DualPathMetadata) -> None:
         """Report every load of ``step`` that was not started as failed."""
+        self._fail_unordered(step)
         while step.async_loads:
             copy = step.async_loads.pop()
             self._release(copy.claim)
             self._end(copy.request_id, copy.block_ids, loaded_any=False, reason="hook_error")
-        for load in (*step.store_loads,):
-            self._end(load.request_id, load.block_ids, loaded_any=False, reason="hook_error")
-        step.store_loads = []
+        while step.store_loads:
+            load = step.store_loads.pop()
+            with self._lock:
+                self._waiting.pop(load.load_id, None)
+            self._fail(load, "hook_error")
 
     def loaded(self, message: LocalLoaded) -> None:
         """The mover answered. In the link's thread."""
@@ -113,13 +116,18 @@ class AsyncLoads:
             self._received, self._failed, self._bad_blocks = set(), set(), set()
         return taken
 
+    def _fail_unordered(self, step: DualPathMetadata) -> None:
+        while step.failed_loads:
+            request_id, block_ids = step.failed_loads.pop()
+            self._end(request_id, block_ids, loaded_any=False, reason="not_ordered")
+
     def _start_copy(self, copy: PageCopy) -> None:
+        after = self._engine.now()
         staging = self._mover.acquire(copy.claim.boot_id)
         if staging is None:
             self._release(copy.claim)
             self._end(copy.request_id, copy.block_ids, loaded_any=False, reason="mover_lost")
             return
-        after = self._engine.now()
         self._thread.put(lambda: self._copy_staged(copy, staging, after))
 
     def _copy_staged(self, copy: PageCopy, staging: Staging, after: Mark) -> None:

@@ -79,3 +79,11 @@ class DualPathMetadata(KVConnectorMetadata):
     """Blocks of synchronous loads that cannot be ordered."""
     delayed_frees: set[str] = field(default_factory=set)
     """Finished requests whose blocks vLLM holds until they are reported as sent."""
+
+    def boot_ids(self) -> set[bytes]:
+        """The movers whose staging memory this step's orders name."""
+        copies = (*self.sync_loads, *self.async_loads, *self.saves)
+        named = {copy.claim.boot_id for copy in copies}
+        named.update(load.boot_id for load in self.store_loads)
+        named.update(block.boot_id for block in self.persists)
+        return named

@@ -32,6 +32,8 @@ class EngineSetup:
     model: str
     max_model_len: int
     num_cache_blocks: int
+    async_scheduling: bool
+    """Whether vLLM orders a step before it knows how the last one ended."""
     socket_path: Path
 
     @classmethod
@@ -53,6 +55,7 @@ class EngineSetup:
             model=str(served[0] if isinstance(served, list) else served),
             max_model_len=vllm_config.model_config.max_model_len,
             num_cache_blocks=kv_cache_config.num_blocks,
+            async_scheduling=bool(vllm_config.scheduler_config.async_scheduling),
             socket_path=mover_socket_path(directory, f"{transfer.engine_id}-{rank}"),
         )
 
@@ -69,6 +72,7 @@ class EngineSetup:
             root=self.identity.root,
             geometry=GeometrySpec.of(geometry),
             max_model_len=self.max_model_len,
+            kv_tokens=self.num_cache_blocks * geometry.page_tokens,
         )
 
 

@@ -15,7 +15,8 @@ What orders copies and the forward pass:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
@@ -23,15 +24,15 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_dualpath import metrics
+from vllm_dualpath.connector.batches import Batch, Batches
 from vllm_dualpath.connector.copies import CopyEngine, CopyThread, Mark, Rows, copy_engine
 from vllm_dualpath.connector.loads import NO_KEY, AsyncLoads
 from vllm_dualpath.connector.metadata import BlockSave, Claim, DualPathMetadata, PageCopy
 from vllm_dualpath.connector.paging import PagedCaches
 from vllm_dualpath.connector.setup import EngineSetup
-from vllm_dualpath.connector.staging import Staging
 from vllm_dualpath.connector.stats import DualPathStats, Recorder
 from vllm_dualpath.connector.worker_mover import WorkerMover
-from vllm_dualpath.errors import ConfigError
+from vllm_dualpath.errors import ConfigError, SyncLoadFailed
 from vllm_dualpath.messages import (
     LocalLoaded,
     LocalMessage,
@@ -44,16 +45,6 @@ from vllm_dualpath.messages import (
 logger = init_logger("vllm.dualpath.worker")
 
 
-class _Batch:
-    """The copies of one step that use one mover's memory."""
-
-    def __init__(self, staging: Staging, copies: list[PageCopy], rows: Rows) -> None:
-        self.staging = staging
-        self.copies = copies
-        self.rows = rows
-        self.last_mark: Mark = None
-
-
 class WorkerSide:
     """Hooks of one worker. ``guard.GuardedWorker`` stands between them and vLLM."""
 
@@ -62,10 +53,12 @@ class WorkerSide:
         self.recorder = Recorder()
         self._layer_of: dict[str, int] = {}
         self._step = DualPathMetadata()
+        self._loading: list[PageCopy] = []
+        """This step's loads that its forward pass reads."""
         self._load_marks: list[Sequence[Mark]] = []
-        """Of each batch of this step's loads, by layer."""
+        """Of each batch of them, by layer."""
         self._layer_waits: list[float] = []
-        self._saves: list[_Batch] | None = None
+        self._saves: list[Batch] | None = None
         self._saved_layers: set[int] = set()
         self._fence: Mark = None
         self._owed: dict[str, Claim] = {}
@@ -103,6 +96,7 @@ class WorkerSide:
             self._received,
             lambda: self._loads.mover_lost(),
         )
+        self._batches = Batches(self._mover, self._engine, self._thread)
         self._loads = AsyncLoads(
             self._mover,
             self._engine,
@@ -123,23 +117,22 @@ class WorkerSide:
         """Finish copies under way, disconnect, let the mover end."""
         if self._started:
             self._started = False
-            try:
-                self._thread.close()
-                self._mover.close()
-            finally:
-                self._engine.close()
+            with ExitStack() as ending:
+                ending.callback(self._engine.close)
+                ending.callback(self._mover.close)
+                ending.callback(self._thread.close)
 
     # --- one step --------------------------------------------------------------------------------
 
     def bind(self, step: DualPathMetadata) -> None:
         """Take a step's orders; blocks to store are copied before anything can change them."""
+        self._release_saves()  # of a step that did not come to its end
         self._step = step
-        self._saves = None
         self._saved_layers.clear()
+        self._loading = []
         self._load_marks.clear()
-        self._mover.note_step(step.scheduler_boot)
+        self._mover.begin_step(step.scheduler_boot, step.boot_ids())
         self._delayed |= step.delayed_frees
-        self._invalid |= step.failed_blocks
         for copy in (*step.sync_loads, *step.saves):
             self._owed[copy.request_id] = copy.claim
         if step.persists:
@@ -147,11 +140,13 @@ class WorkerSide:
 
     def start_loads(self) -> None:
         """Start this step's loads; those that this step's forward pass reads come layer by
-        layer.
+        layer. Raises ``SyncLoadFailed``.
         """
         step = self._step
-        loads, step.sync_loads = step.sync_loads, []
-        for batch in self._batches(loads, self._fail_sync):
+        if step.failed_blocks:
+            self._fail_blocks(step.failed_blocks, "not_ordered")
+        self._loading, step.sync_loads = step.sync_loads, []
+        for batch in self._batches.each(self._loading, self._fail_gone):
             self._load_layers(batch)
         self._loads.start(step)
 
@@ -172,7 +167,7 @@ class WorkerSide:
         if layer is None or layer in self._saved_layers:
             return
         if self._saves is None:
-            self._saves = self._batches(self._step.saves, self._drop_saves)
+            self._saves = list(self._batches.each(self._step.saves, self._drop_saves))
         self._saved_layers.add(layer)
         for batch in self._saves:
             self._save_layer(batch, layer)
@@ -182,13 +177,13 @@ class WorkerSide:
 
         Copies go on; before anything changes their pages, vLLM calls ``fence``.
         """
-        if self._step.saves:
-            for name in self._layer_of:
-                self.save_layer(name)
-        for batch in self._saves or ():
-            self._release_after(batch)
-        self._saves = None
-        self._step.saves = []
+        try:
+            if self._step.saves:
+                for name in self._layer_of:
+                    self.save_layer(name)
+        finally:
+            self._release_saves()
+            self._step.saves = []
         if self._layer_waits:
             self.recorder.observe(metrics.LAYER_WAIT_SECONDS, self._layer_waits)
             self._layer_waits = []
@@ -204,15 +199,22 @@ class WorkerSide:
             self.recorder.observe(metrics.FENCE_WAIT_SECONDS, [self._engine.hold_forward(mark)])
 
     def fail_step(self) -> None:
-        """Something went wrong where nothing should: report this step's loads as failed."""
-        self._fail_sync(self._step.sync_loads)
+        """A load went wrong where none should: report those of this step as failed.
+
+        Those under way come to their end before anything fills their pages anew (``fence``).
+        Raises ``SyncLoadFailed``.
+        """
+        loading, self._loading = [*self._loading, *self._step.sync_loads], []
+        self._load_marks.clear()
         self._step.sync_loads = []
         self._loads.fail_all(self._step)
+        self._fail_sync(loading, "hook_error")
 
     # --- results ---------------------------------------------------------------------------------
 
     def results(self, finished_ids: set[str]) -> tuple[set[str], set[str], set[str]]:
         """Requests whose sends, receives ended, and whose receives failed, since the last call."""
+        self._mover.end_step()
         self._finish(finished_ids)
         sent = set()
         while self._sent:
@@ -236,43 +238,24 @@ class WorkerSide:
         if isinstance(message, LocalLoaded):
             self._loads.loaded(message)
 
-    def _batches(
-        self, copies: list[PageCopy], on_gone: Callable[[list[PageCopy]], None]
-    ) -> list[_Batch]:
-        """Group ``copies`` by mover; hand those whose mover's memory is gone to ``on_gone``."""
-        by_boot: dict[bytes, list[PageCopy]] = {}
-        for copy in copies:
-            by_boot.setdefault(copy.claim.boot_id, []).append(copy)
-        batches = []
-        for boot_id, group in by_boot.items():
-            staging = self._mover.acquire(boot_id)
-            if staging is None:
-                on_gone(group)
-            else:
-                batches.append(_Batch(staging, group, self._rows(staging, group)))
-        return batches
-
-    def _rows(self, staging: Staging, copies: list[PageCopy]) -> Rows:
-        """The pages of ``copies``; lets go of ``staging`` if they make no sense."""
-        try:
-            return staging.rows(copies)
-        except BaseException:
-            staging.release()
-            raise
-
-    def _load_layers(self, batch: _Batch) -> None:
+    def _load_layers(self, batch: Batch) -> None:
         try:
             marks = self._engine.submit_layers(batch.rows, load=True)
             self._fence = batch.last_mark = marks[-1]
             self._load_marks.append(marks)
         finally:
-            self._release_after(batch)
+            self._batches.release(batch)
 
-    def _save_layer(self, batch: _Batch, layer: int) -> None:
+    def _save_layer(self, batch: Batch, layer: int) -> None:
         mark = batch.last_mark = self._submit(batch.rows, range(layer, layer + 1), load=False)
-        self._when(mark, lambda: self._report_saved(batch.copies, layer))
+        self._batches.after(mark, partial(self._report_saved, batch.copies, layer))
 
-    def _report_saved(self, copies: list[PageCopy], layer: int) -> None:
+    def _release_saves(self) -> None:
+        for batch in self._saves or ():
+            self._batches.release(batch)
+        self._saves = None
+
+    def _report_saved(self, copies: Sequence[PageCopy], layer: int) -> None:
         for copy in copies:
             message = Saved(copy.claim.key, layer, copy.first_page, copy.last_page)
             self._mover.connection.send(copy.claim.boot_id, message)
@@ -282,7 +265,7 @@ class WorkerSide:
         claims = {block.boot_id: Claim(NO_KEY, block.boot_id) for block in blocks}
         copies = [PageCopy("", claims[b.boot_id], 0, b.block_ids, (b.slot,)) for b in blocks]
 
-        def gone(copies: list[PageCopy]) -> None:
+        def gone(copies: Sequence[PageCopy]) -> None:
             self.recorder.count(metrics.BLOCKS_NOT_STORED, len(copies))
             slots = tuple(copy.slots[0] for copy in copies)
             self._mover.connection.send(copies[0].claim.boot_id, ReturnPersistSlots(slots))
@@ -293,37 +276,22 @@ class WorkerSide:
                     message = Persist(block.slot, block.hash, block.parent)
                     self._mover.connection.send(boot_id, message)
 
-        for batch in self._batches(copies, gone):
+        for batch in self._batches.each(copies, gone):
             layers = range(self._geometry.num_layers)
-            batch.last_mark = self._submit(batch.rows, layers, load=False)
-            self._release_after(batch)
-            self._when(batch.last_mark, partial(stored, batch.staging.boot_id))
+            not_stored = partial(gone, batch.copies)
+            try:
+                batch.last_mark = self._submit(batch.rows, layers, load=False)
+            except Exception:
+                not_stored()
+                raise
+            finally:
+                self._batches.release(batch)
+            then = partial(stored, batch.staging.boot_id)
+            self._batches.after(batch.last_mark, then, not_stored)
 
     def _submit(self, rows: Rows, layers: range, *, load: bool) -> Mark:
         self._fence = mark = self._engine.submit(rows, layers, load=load)
         return mark
-
-    def _when(self, mark: Mark, then: Callable[[], object]) -> None:
-        """Call ``then`` once ``mark`` is reached, after all earlier ``then``s; never if its copy
-        failed.
-        """
-
-        def wait_then() -> None:
-            self._engine.wait(mark)
-            then()
-
-        self._thread.put(wait_then)
-
-    def _release_after(self, batch: _Batch) -> None:
-        """Let go of a batch's staging memory once its copies have ended, well or not."""
-
-        def wait_release() -> None:
-            try:
-                self._engine.wait(batch.last_mark)
-            finally:
-                batch.staging.release()
-
-        self._thread.put(wait_release)
 
     def _finish(self, request_ids: set[str]) -> None:
         """Give up claims and report sends once every copy ordered so far has ended."""
@@ -337,16 +305,35 @@ class WorkerSide:
             self._sent.extend(delayed)
 
         if owed or delayed:
-            self._when(None, end)
+            self._batches.after(None, end)
 
-    def _fail_sync(self, copies: list[PageCopy]) -> None:
-        """A synchronous load whose memory is gone, which the life of a mapping is there to
-        prevent.
-        """
+    def _fail_gone(self, copies: Sequence[PageCopy]) -> None:
+        """Their memory is gone, which the life of a mapping is there to prevent."""
+        self._fail_sync(copies, "mover_lost")
+
+    def _fail_sync(self, copies: Sequence[PageCopy], reason: str) -> None:
+        blocks: set[int] = set()
         for copy in copies:
-            logger.error("request %s: staged pages are gone: recomputing", copy.request_id)
-            self.recorder.count(metrics.LOAD_FAILURES, label="mover_lost")
-            self._invalid.update(copy.block_ids)
+            logger.error("request %s: its KV could not be loaded (%s)", copy.request_id, reason)
+            blocks.update(copy.block_ids)
+        if blocks:
+            self._fail_blocks(blocks, reason)
 
-    def _drop_saves(self, copies: list[PageCopy]) -> None:
+    def _fail_blocks(self, blocks: Set[int], reason: str) -> None:
+        """The forward pass reads blocks that were not filled: vLLM must not use what it computes.
+
+        vLLM recomputes blocks that are reported as invalid, but with asynchronous scheduling it
+        has ordered the next step by then, and accepts that step's token (docs/decisions/0007).
+        """
+        self.recorder.count(metrics.LOAD_FAILURES, label=reason)
+        self._invalid |= blocks
+        if self._setup.async_scheduling:
+            raise SyncLoadFailed(
+                f"{len(blocks)} blocks that this step reads could not be loaded ({reason}; the"
+                " log says why): vLLM with asynchronous scheduling would answer with tokens"
+                " computed from them, so this engine ends; start it again, and with"
+                " --no-async-scheduling if it happens again"
+            )
+
+    def _drop_saves(self, copies: Sequence[PageCopy]) -> None:
         self.recorder.count(metrics.LOAD_FAILURES, len(copies), "mover_lost")

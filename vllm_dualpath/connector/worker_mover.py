@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 
 from vllm.logger import init_logger
@@ -26,7 +26,7 @@ _RETIRE_S = 60.0
 
 
 class WorkerMover:
-    """The worker's end of its mover's life. ``staging`` and ``note_step`` are for hooks."""
+    """The worker's end of its mover's life. The steps' methods and ``acquire`` are for hooks."""
 
     def __init__(
         self,
@@ -44,6 +44,7 @@ class WorkerMover:
         self._on_lost = on_lost
         self._process = MoverProcess(spec)
         self._staging: Staging | None = None
+        self._named: Set[bytes] = frozenset()
         self._scheduler_boot: bytes | None = None
         self._last_step_s = self._lost_s = time.monotonic()
         self._gone: bytes | None = None
@@ -51,12 +52,24 @@ class WorkerMover:
         self._closing = False
         self.connection = MoverConnection(Path(spec.socket_path), "worker", self)
 
-    def note_step(self, scheduler_boot: bytes | None) -> None:
-        """A step's orders arrived; none of later steps will name a mover older than this one."""
+    def begin_step(self, scheduler_boot: bytes | None, boot_ids: Set[bytes]) -> None:
+        """A step's orders arrived: they name the movers ``boot_ids``, none of later steps will name
+        one older than ``scheduler_boot``.
+
+        The mapping of a mover that the step names stays until ``end_step``.
+        """
         with self._changed:
             self._last_step_s = time.monotonic()
             self._scheduler_boot = scheduler_boot
+            self._named = boot_ids
             self._changed.notify_all()
+
+    def end_step(self) -> None:
+        """The step has acquired what its orders use."""
+        if self._named:
+            with self._changed:
+                self._named = frozenset()
+                self._changed.notify_all()
 
     def acquire(self, boot_id: bytes) -> Staging | None:
         """The staging memory of mover ``boot_id``, to be released after use; ``None`` if it is
@@ -119,9 +132,10 @@ class WorkerMover:
                     and self._scheduler_boot != self._staging.boot_id
                 )
                 idle_s = time.monotonic() - max(self._last_step_s, self._lost_s)
-                if moved_on or idle_s >= _IDLE_S:
+                named = self._staging.boot_id in self._named
+                if not named and (moved_on or idle_s >= _IDLE_S):
                     return
-                self._changed.wait(_IDLE_S - idle_s)
+                self._changed.wait(None if named else _IDLE_S - idle_s)
 
     def _retire(self) -> None:
         staging = self._staging

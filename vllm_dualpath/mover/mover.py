@@ -217,6 +217,7 @@ class Mover:
             region=self._contact.region,
             staging_address=self._contact.staging_address,
             num_slots=self._pool.num_slots,
+            kv_tokens=self._spec.kv_tokens,
         )
 
     # --- the router ------------------------------------------------------------------------------

@@ -69,6 +69,9 @@ class StorageQueue:
         self._watching = False
         self._last_read_s = 0.0
         """When a read last ended, or the first was queued."""
+        self._busy_since_s: float | None = None
+        self._busy_s = 0.0
+        """Until ``_busy_since_s``, while reads are open; until now, while none is."""
         self._calls = CallThreads("call", _NUM_CALL_THREADS, loop)
         self._touches = CallThreads("touch", 1, loop)
         self._quarantines = CallThreads("quarantine", 1, loop)
@@ -85,6 +88,12 @@ class StorageQueue:
         return sum(task.num_tokens for task in self._reads)
 
     @property
+    def read_busy_s(self) -> float:
+        """Seconds, in all, with at least one read that had not ended."""
+        open_s = 0.0 if self._busy_since_s is None else time.monotonic() - self._busy_since_s
+        return self._busy_s + open_s
+
+    @property
     def num_open(self) -> int:
         return len(self._reads) + len(self._writes)
 
@@ -97,6 +106,8 @@ class StorageQueue:
         if not self._reads:
             self._last_read_s = time.monotonic()
         self._submit(task, self._reads)
+        if self._reads and self._busy_since_s is None:
+            self._busy_since_s = time.monotonic()
 
     def submit_write(self, task: IoTask) -> None:
         """Queue a write, a removal or a scan."""
@@ -199,6 +210,9 @@ class StorageQueue:
         if self._reads.pop(task, None) is not None and not task.cancelled:
             self._last_read_s = time.monotonic()
         self._writes.pop(task, None)
+        if not self._reads and self._busy_since_s is not None:
+            self._busy_s += time.monotonic() - self._busy_since_s
+            self._busy_since_s = None
         task.done(task)
 
     def _await_tickets(self, store: AsyncBlockStore, deadline_s: float) -> None:

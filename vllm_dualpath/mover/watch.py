@@ -49,6 +49,7 @@ class ProgressWatch:
         )
         return MoverStats(
             storage_read_bytes=counters.storage_read_bytes,
+            storage_read_busy_s=self._ports.storage.read_busy_s,
             storage_write_bytes=counters.storage_write_bytes,
             push_to_prefill_bytes=counters.push_to_prefill_bytes,
             push_to_decode_bytes=counters.push_to_decode_bytes,

@@ -1,32 +1,32 @@
-"""Pure functions that decide where a request runs and who reads its hit blocks."""
+"""Decides where a request runs and who reads its hit blocks: a typed layer over the C++ core."""
 
 from __future__ import annotations
 
-from vllm_dualpath.errors import ConfigError
-from vllm_dualpath.policy.base import ClusterSnapshot, Decision, EngineLoad, PlanRequest, Policy
-from vllm_dualpath.policy.dual import Dual
-from vllm_dualpath.policy.prefill_only import PrefillOnly
-from vllm_dualpath.policy.split import Split
+from vllm_dualpath.native import (
+    NO_LIMIT,
+    ClusterView,
+    EngineState,
+    NodeState,
+    ReadRate,
+    Role,
+    WaitingLine,
+)
+from vllm_dualpath.policy.base import Decision, PlanRequest, Segment, Verdict
+from vllm_dualpath.policy.core import MODES, Policy, make_policy
 
 __all__ = [
-    "ClusterSnapshot",
+    "MODES",
+    "NO_LIMIT",
+    "ClusterView",
     "Decision",
-    "Dual",
-    "EngineLoad",
+    "EngineState",
+    "NodeState",
     "PlanRequest",
     "Policy",
-    "PrefillOnly",
-    "Split",
+    "ReadRate",
+    "Role",
+    "Segment",
+    "Verdict",
+    "WaitingLine",
     "make_policy",
 ]
-
-
-def make_policy(mode: str, split_fraction: float) -> Policy:
-    """The policy that the router's ``mode`` names; only ``split`` looks at ``split_fraction``."""
-    if mode == "prefill_only":
-        return PrefillOnly()
-    if mode == "dual":
-        return Dual()
-    if mode == "split":
-        return Split(split_fraction)
-    raise ConfigError(f"mode: expected prefill_only, dual or split, found {mode!r}")

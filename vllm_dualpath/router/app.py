@@ -15,7 +15,7 @@ from aiohttp import web
 from vllm_dualpath.config import RouterConfig
 from vllm_dualpath.control.bus import RouterSocket
 from vllm_dualpath.errors import ConfigError
-from vllm_dualpath.policy import make_policy
+from vllm_dualpath.policy import Policy, make_policy
 from vllm_dualpath.router.cluster import Cluster
 from vllm_dualpath.router.flow import Core
 from vllm_dualpath.router.http import Handlers
@@ -65,8 +65,7 @@ class Router:
         upstream = Upstream(self.cluster)
         self._exit.push_async_callback(upstream.close)
         telemetry = Telemetry(self.cluster)
-        policy = make_policy(config.mode, config.split_fraction)
-        placer = Placer(self.cluster, policy, telemetry)
+        placer = Placer(self.cluster, _policy_of(config), telemetry, config)
         names, tokenizer = ModelNames(upstream), Tokenizer(upstream)
         core = Core(config, self.cluster, movers, upstream, placer, names, tokenizer, telemetry)
         tasks = [*movers.tasks(), asyncio.create_task(upstream.probe_forever())]
@@ -128,6 +127,18 @@ async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _policy_of(config: RouterConfig) -> Policy:
+    rate = config.prefill_tokens_per_s
+    return make_policy(
+        config.mode,
+        alpha_s=config.alpha_s,
+        beta_tokens=None if rate is None else round(config.beta_s * rate),
+        split_fraction=config.split_fraction,
+        min_segment_blocks=config.min_segment_blocks,
+        recompute=config.recompute,
+    )
 
 
 def _host_and_port(address: str) -> tuple[str, int]:

@@ -10,18 +10,15 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from vllm_dualpath.messages import PROTOCOL_VERSION, Hello, Message, TransferKey
-from vllm_dualpath.policy import ClusterSnapshot
 from vllm_dualpath.router.engine import Engine, check_url
+from vllm_dualpath.router.roster import Roster
 from vllm_dualpath.router.stores import Stores
 from vllm_dualpath.router.transfer import Transfer
 
 logger = logging.getLogger(__name__)
-
-PairGroup = tuple[str, bytes, bytes]
-"""(store, fingerprint, root): engines that may share KV. A weight reset makes another root."""
 
 
 class Cluster:
@@ -36,17 +33,33 @@ class Cluster:
         self._silent_decode: dict[str, Engine] = {}
         self._pinned: Counter[bytes] = Counter()
         self._changed = asyncio.Event()
+        self._roster: Roster | None = None
+        self._num_asked = 0
+        self.on_room: Callable[[], None] = lambda: None
+        """Called whenever an engine may take more than before, or there are other engines."""
 
     # --- engines ---
 
     @property
+    def roster(self) -> Roster:
+        """The engines as they are now; another one after each change."""
+        if self._roster is None:
+            self._roster = Roster(self._engines.values())
+        return self._roster
+
+    @property
     def engines(self) -> list[Engine]:
         """Live engines, by id."""
-        return sorted(self._engines.values(), key=lambda engine: engine.engine_id)
+        return self.roster.engines
 
     def usable(self, role: str) -> list[Engine]:
         """Live engines of a role whose HTTP server answers, by id."""
-        return [engine for engine in self.engines if engine.role == role and engine.usable]
+        return self.roster.usable[role]
+
+    def set_serving(self, engine: Engine, serving: bool) -> None:
+        """Its HTTP server answers, or does not. ``notify`` tells those who wait for it."""
+        engine.serving = serving
+        self._roster = None
 
     def by_boot_id(self, boot_id: bytes) -> Engine | None:
         return self._by_boot_id.get(boot_id)
@@ -65,7 +78,8 @@ class Cluster:
             check_url(hello.url)
         except ValueError as exc:
             return str(exc)
-        others = (engine for engine in self.engines if engine.engine_id != hello.engine_id)
+        known = self._engines.values()
+        others = (engine for engine in known if engine.engine_id != hello.engine_id)
         other = next(others, None)
         return "" if other is None else _difference(other.hello, hello)
 
@@ -73,13 +87,13 @@ class Cluster:
         """Take in an engine, or what it says anew. An earlier run of it must have left before."""
         engine = self._engines.get(hello.engine_id)
         if engine is None:
-            engine = Engine(hello, now_s)
+            engine = Engine(hello, now_s, self._room_changed)
             self._silent_decode.pop(hello.engine_id, None)
             self._engines[hello.engine_id] = engine
             self._by_boot_id[hello.boot_id] = engine
-            self.notify()
         engine.hello = hello
         engine.last_seen_s = now_s
+        self.notify()
         return engine
 
     def leave(self, engine: Engine, *, silently: bool = False) -> None:
@@ -93,6 +107,8 @@ class Cluster:
         self._by_boot_id.pop(engine.boot_id, None)
         if self._engines.get(engine.engine_id) is engine:
             del self._engines[engine.engine_id]
+        self._roster = None
+        engine.seen_in(None)
         for transfer in list(self.transfers.values()):
             transfer.engine_lost(engine)
         self.stores.forget_unwatched(self._engines.values())
@@ -108,7 +124,9 @@ class Cluster:
             engine.last_seen_s += max(0.0, duration_s)
 
     def notify(self) -> None:
-        """Wake whoever waits for an engine."""
+        """The engines are others than before: wake whoever waits for one."""
+        self._roster = None
+        self.on_room()
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -130,25 +148,17 @@ class Cluster:
 
     # --- planning ---
 
-    def pair_groups(self) -> list[PairGroup]:
-        """Groups with a prefill and a decode engine, the largest first."""
-        sizes: Counter[PairGroup] = Counter()
-        roles: dict[PairGroup, set[str]] = {}
-        for engine in self.engines:
-            if engine.usable:
-                sizes[group_of(engine)] += 1
-                roles.setdefault(group_of(engine), set()).add(engine.role)
-        complete = [group for group in sizes if len(roles[group]) == 2]
-        return sorted(complete, key=lambda group: (-sizes[group], group))
+    def _room_changed(self) -> None:
+        self.on_room()
 
-    def snapshot(self, group: PairGroup) -> ClusterSnapshot:
-        """The policy's view of one group."""
-        return ClusterSnapshot(
-            *(
-                tuple(e.load() for e in self.usable(role) if group_of(e) == group)
-                for role in ("prefill", "decode")
-            )
-        )
+    def some_decode(self) -> Engine | None:
+        """A decode engine to ask something of: all in turn, whatever their load."""
+        serving = self.usable("decode")
+        if not serving:
+            return self.least_loaded_decode()
+        engine = serving[self._num_asked % len(serving)]
+        self._num_asked += 1
+        return engine
 
     def least_loaded_decode(self, excluded: Iterable[Engine] = ()) -> Engine | None:
         """Where a request goes that no transfer serves."""
@@ -191,12 +201,6 @@ class Cluster:
     def forget_finished(self) -> None:
         for key in [key for key, transfer in self.transfers.items() if transfer.finished]:
             del self.transfers[key]
-
-
-def group_of(engine: Engine) -> PairGroup:
-    """The engines that ``engine`` may share KV with."""
-    hello = engine.hello
-    return hello.store, hello.fingerprint, hello.root
 
 
 def _difference(expected: Hello, found: Hello) -> str:

@@ -1,14 +1,19 @@
-"""What the router knows of one engine. Plain data, owned by the event loop."""
+"""What the router knows of one engine. Plain data, owned by the event loop.
+
+An engine's load is kept here and, at once, in the policy's view of its group: a decision looks at
+no Python object.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from yarl import URL
 
 from vllm_dualpath.messages import Hello, MoverStats
-from vllm_dualpath.policy import EngineLoad
+from vllm_dualpath.policy import NO_LIMIT, ClusterView, EngineState, NodeState, ReadRate, Role
 
 
 def check_url(url: str) -> None:
@@ -27,6 +32,8 @@ class Engine:
 
     hello: Hello
     last_seen_s: float
+    load_changed: Callable[[], None] = lambda: None
+    """Called when it may take more than before."""
     stats: MoverStats = field(default_factory=MoverStats)
     num_loads: int = 0
     """Heartbeats received."""
@@ -39,7 +46,15 @@ class Engine:
     lost: asyncio.Event = field(default_factory=asyncio.Event)
     num_requests: int = 0
     num_tokens: int = 0
+    num_compute_tokens: int = 0
+    """Of its tokens, those that its prefill legs still compute."""
+    num_kv_tokens: int = 0
+    """Of its tokens, those that lie in its KV cache for decoding."""
     read_queue_tokens: int = 0
+    read_rate: ReadRate = field(default_factory=ReadRate)
+    _view: ClusterView | None = None
+    _index: int = 0
+    _heartbeat_s: float | None = None
 
     @property
     def engine_id(self) -> str:
@@ -57,43 +72,83 @@ class Engine:
     def usable(self) -> bool:
         return self.serving and not self.lost.is_set()
 
-    def load(self) -> EngineLoad:
-        """The policy's view."""
+    @property
+    def max_request_tokens(self) -> int:
+        """The longest prompt it can take: for its model, and for its staging memory."""
         staging_tokens = self.hello.num_slots * self.hello.geometry.block_tokens
-        return EngineLoad(
-            self.engine_id,
-            self.role,
-            self.num_requests,
-            self.num_tokens,
-            self.read_queue_tokens,
-            min(self.hello.max_model_len, staging_tokens),
-        )
+        return min(self.hello.max_model_len, staging_tokens)
+
+    # --- the policy's view ---
+
+    def state(self, node: int) -> tuple[NodeState, EngineState]:
+        """What a view starts with: the engine on a node of its own, since it has its own mover."""
+        storage = NodeState()
+        storage.read_queue_tokens = self.read_queue_tokens
+        storage.read_rate = self.read_rate.rate
+        engine = EngineState()
+        engine.role = Role.PREFILL if self.role == "prefill" else Role.DECODE
+        engine.node = node
+        engine.num_requests = self.num_requests
+        engine.num_tokens = self.num_tokens
+        engine.num_compute_tokens = self.num_compute_tokens
+        engine.max_request_tokens = self.max_request_tokens
+        if self.role == "decode" and self.hello.kv_tokens > 0:
+            engine.free_kv_tokens = self.hello.kv_tokens - self.num_kv_tokens
+        else:
+            engine.free_kv_tokens = NO_LIMIT
+        return storage, engine
+
+    def seen_in(self, view: ClusterView | None, index: int = 0) -> None:
+        """Changes of load go into ``view`` from now on."""
+        self._view, self._index = view, index
+
+    def add_load(
+        self, num_requests: int, num_tokens: int, compute_tokens: int = 0, kv_tokens: int = 0
+    ) -> None:
+        """Requests come, or leave where the numbers are negative."""
+        self.num_requests += num_requests
+        self.num_tokens += num_tokens
+        self.num_compute_tokens += compute_tokens
+        self.num_kv_tokens += kv_tokens
+        if self._view is not None:
+            self._view.add_load(self._index, num_requests, num_tokens, compute_tokens, kv_tokens)
+        if num_tokens < 0 or kv_tokens < 0:
+            self.load_changed()
+
+    def add_reads(self, num_tokens: int) -> None:
+        """Tokens are planned to be read here, or are staged where the number is negative."""
+        self.read_queue_tokens += num_tokens
+        if self._view is not None:
+            self._view.add_read_queue(self._index, num_tokens)
 
     def heartbeat(self, stats: MoverStats, now_s: float) -> None:
         """Take in one ``Load``."""
         if _moved_bytes(stats) != _moved_bytes(self.stats):
             self.last_moved_s = now_s
+        self._measure(stats, now_s)
         self.stats = stats
         self.num_loads += 1
         self.last_seen_s = now_s
 
-
-class Assignment:
-    """A request's weight on one engine, taken off once however often ``release`` is called."""
-
-    def __init__(self, engine: Engine, num_tokens: int) -> None:
-        self.engine = engine
-        self._num_tokens = num_tokens
-        self._open = True
-        engine.num_requests += 1
-        engine.num_tokens += num_tokens
-
-    def release(self) -> None:
-        if self._open:
-            self._open = False
-            self.engine.num_requests -= 1
-            self.engine.num_tokens -= self._num_tokens
+    def _measure(self, stats: MoverStats, now_s: float) -> None:
+        before_s, self._heartbeat_s = self._heartbeat_s, now_s
+        if before_s is None:
+            return
+        num_bytes = stats.storage_read_bytes - self.stats.storage_read_bytes
+        busy_s = stats.storage_read_busy_s - self.stats.storage_read_busy_s
+        nominal = 0.0 if self._view is None else self._view.nominal_read_rate
+        num_tokens = int(num_bytes / _token_bytes(self.hello))
+        self.read_rate.add(num_tokens, busy_s, now_s - before_s, nominal)
+        rate = self.read_rate.rate
+        if self._view is not None and rate > 0:
+            self._view.node(self._index).read_rate = rate
+            # What the best of the group reads is what the others are believed to be able to.
+            self._view.nominal_read_rate = max(nominal, rate)
 
 
 def _moved_bytes(stats: MoverStats) -> int:
     return stats.storage_read_bytes + stats.push_to_prefill_bytes + stats.push_to_decode_bytes
+
+
+def _token_bytes(hello: Hello) -> float:
+    return sum(hello.geometry.layer_page_bytes) / hello.geometry.page_tokens

@@ -18,9 +18,10 @@ from aiohttp import web
 from vllm_dualpath.config import RouterConfig
 from vllm_dualpath.errors import PeerLost
 from vllm_dualpath.messages import LegParams, TransferKey
+from vllm_dualpath.router.booking import Assignment
 from vllm_dualpath.router.cluster import Cluster
 from vllm_dualpath.router.eligibility import alone_reason
-from vllm_dualpath.router.engine import Assignment, Engine
+from vllm_dualpath.router.engine import Engine
 from vllm_dualpath.router.legs import (
     decode_leg,
     leg_headers,
@@ -89,9 +90,8 @@ class Flow:
         return await self._with_transfer(body, ids)
 
     async def _token_ids(self, body: dict[str, Any]) -> list[int] | None:
-        groups = self._core.cluster.pair_groups()
-        engine = self._core.cluster.least_loaded_decode()
-        if not groups or engine is None:
+        engine = self._core.cluster.some_decode()
+        if not self._core.cluster.roster.views or engine is None:
             return None
         now_s = asyncio.get_running_loop().time()
         if not await self._core.names.is_base(body.get("model"), engine, self._headers, now_s):
@@ -104,12 +104,17 @@ class Flow:
     async def _with_transfer(self, body: dict[str, Any], ids: Sequence[int]) -> web.StreamResponse:
         salt, num_releases = body.get("cache_salt"), body.get("n") or 1
         try:
-            placement = self._core.placer.first(ids, salt, num_releases)
+            placement = await self._core.placer.first(ids, salt, num_releases)
         except ValueError:
             return await self._alone("token ids that no model has")
         transfer_id = secrets.token_bytes(16)
+        preferred: Engine | None = None
         for attempt in range(MAX_ATTEMPTS):
-            if placement is None or _too_long(body, ids, placement.decode):
+            if placement is None:
+                break
+            if _too_long(body, ids, placement.decode):
+                preferred = placement.decode
+                placement.booking.release()
                 break
             transfer = self._open(TransferKey(transfer_id, attempt), placement)
             response = await self._attempt(transfer, body, ids)
@@ -117,8 +122,8 @@ class Flow:
                 return response
             if transfer.leg_sent:
                 return await self._alone("a leg or the commit failed", placement.decode)
-            placement = self._core.placer.after(transfer, attempt + 1, ids, salt)
-        preferred = None if placement is None else placement.decode
+            more = attempt + 1 < MAX_ATTEMPTS
+            placement = self._core.placer.after(transfer, attempt + 1, ids, salt) if more else None
         return await self._alone("no pair of engines can take it", preferred)
 
     def _open(self, key: TransferKey, placement: Placement) -> Transfer:
@@ -128,6 +133,7 @@ class Flow:
             placement.plan,
             placement.prefill,
             placement.decode,
+            placement.booking,
             self._core.movers.send,
             self._core.config.deadlines,
         )
@@ -143,15 +149,14 @@ class Flow:
         self, transfer: Transfer, body: dict[str, Any], ids: Sequence[int]
     ) -> web.StreamResponse | None:
         """One attempt; ``None`` when something else has to be tried. The transfer is ended."""
-        decode_load = Assignment(transfer.decode, len(ids))
-        prefill_load = Assignment(transfer.prefill, len(ids))
+        booking = transfer.booking
         drain, reason = False, "given up"
         try:
             transfer.start()
             if not await transfer.wait_ready():
                 return None
             leg = await self._prefill(transfer, body, ids)
-            prefill_load.release()
+            booking.prefill.release()
             if leg is None:
                 return None
             status, content_type, content = leg
@@ -172,8 +177,7 @@ class Flow:
             reason = "the client has left"
             raise
         finally:
-            prefill_load.release()
-            decode_load.release()
+            booking.release()
             failure = transfer.failure
             if failure is not None:
                 self._core.telemetry.attempts_failed.labels(failure.label).inc()
@@ -213,6 +217,7 @@ class Flow:
         params = _params(transfer, transfer.decode, len(ids))
         data = to_json(decode_leg(body, params, ids))
         headers = {**self._headers, **JSON_HEADERS}
+        transfer.booking.decode.take_kv()
         try:
             answer = await self._core.upstream.ask(
                 transfer.decode, "POST", self._path, headers, data

@@ -1,49 +1,66 @@
-"""Where a request goes: its plan by policy, and what to try after an attempt failed."""
+"""Where a request goes: its place by policy, and what to try after an attempt failed."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from vllm_dualpath.blocks import chain_hashes, chain_root, prompt_digest
+from vllm_dualpath.config import RouterConfig
 from vllm_dualpath.plan import ReadPlan, Segment
-from vllm_dualpath.policy import PlanRequest, Policy
-from vllm_dualpath.router.cluster import Cluster, PairGroup
+from vllm_dualpath.policy import Decision, PlanRequest, Policy, Verdict, WaitingLine
+from vllm_dualpath.router.booking import Booking
+from vllm_dualpath.router.cluster import Cluster
 from vllm_dualpath.router.engine import Engine
+from vllm_dualpath.router.roster import GroupView, PairGroup
 from vllm_dualpath.router.telemetry import Telemetry
 from vllm_dualpath.router.transfer import Prompt, Transfer
+from vllm_dualpath.router.waiting import Line, NotNow
+
+logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Two engines and a plan for one prompt."""
+    """Two engines and a plan for one prompt, booked on them."""
 
     prompt: Prompt
     plan: ReadPlan
     prefill: Engine
     decode: Engine
+    booking: Booking
 
 
 class Placer:
-    """Asks the policy, and knows the order of fallbacks."""
+    """Asks the policy, lets requests wait for it, and knows the order of fallbacks."""
 
-    def __init__(self, cluster: Cluster, policy: Policy, telemetry: Telemetry) -> None:
+    def __init__(
+        self, cluster: Cluster, policy: Policy, telemetry: Telemetry, config: RouterConfig
+    ) -> None:
         self._cluster = cluster
         self._policy = policy
         self._telemetry = telemetry
+        self._config = config
+        self._lines: dict[PairGroup, Line[Placement]] = {}
+        cluster.on_room = self._wake
 
-    def first(
+    async def first(
         self, token_ids: Sequence[int], cache_salt: str | None, num_releases: int
     ) -> Placement | None:
-        """The policy's placement in the first group of engines that can take the prompt.
+        """The policy's placement in the first group of engines that can ever take the prompt.
 
-        Raises ``ValueError`` for token ids that no model has.
+        Waits in that group's line while none takes it now, at most ``queue_wait_s``; after that
+        load counts no more. Raises ``ValueError`` for token ids that no model has.
         """
-        for group in self._cluster.pair_groups():
-            placement = self._in_group(group, token_ids, cache_salt, num_releases, use_hits=True)
+        for view in self._cluster.roster.views:
+            if len(token_ids) > view.max_request_tokens:
+                continue  # before hashing what may be millions of tokens
+            prompt = _prompt_for(view, token_ids, cache_salt, num_releases)
+            placement = await self._in_line(view.group, prompt)
             if placement is not None:
                 return placement
         return None
@@ -66,63 +83,118 @@ class Placer:
             return None
         if num_hits == 0 and attempt > 1:
             return None
-        placement = Placement(failed.prompt, failed.plan, failed.prefill, failed.decode)
         if not (failed.prefill.usable and failed.decode.usable):
             return self._elsewhere(token_ids, cache_salt, failed.prompt.num_releases, use_hits)
-        if not use_hits:
-            return replace(placement, plan=ReadPlan(0, ()))
-        reader = _other_reader(failed)
-        return replace(placement, plan=ReadPlan(num_hits, (Segment(reader, 0, num_hits),)))
+        plan = ReadPlan(0, ())
+        if use_hits:
+            plan = ReadPlan(num_hits, (Segment(_other_reader(failed), 0, num_hits),))
+        return _booked(failed.prompt, plan, failed.prefill, failed.decode)
 
     def _elsewhere(
         self, token_ids: Sequence[int], cache_salt: str | None, num_releases: int, use_hits: bool
     ) -> Placement | None:
-        for group in self._cluster.pair_groups():
-            placement = self._in_group(group, token_ids, cache_salt, num_releases, use_hits)
-            if placement is not None:
-                return placement
+        # It has waited in a line once.
+        for view in self._cluster.roster.views:
+            if len(token_ids) <= view.max_request_tokens:
+                prompt = _prompt_for(view, token_ids, cache_salt, num_releases)
+                placement = self._decide(view, prompt, use_hits=use_hits, ignore_load=True)
+                if isinstance(placement, Placement):
+                    return placement
         return None
 
-    def _in_group(
-        self,
-        group: PairGroup,
-        token_ids: Sequence[int],
-        cache_salt: str | None,
-        num_releases: int,
-        use_hits: bool,
-    ) -> Placement | None:
-        snapshot = self._cluster.snapshot(group)
-        if len(token_ids) > max(load.capacity_tokens for load in snapshot.prefill):
-            return None  # before hashing what may be millions of tokens
-        hello = self._engine(snapshot.prefill[0].engine_id).hello
-        block_tokens = hello.geometry.block_tokens
-        root = hello.root if cache_salt is None else chain_root(hello.root, cache_salt)
-        hashes = chain_hashes(root, token_ids, block_tokens)
-        num_hits = 0
-        if use_hits:
-            # At least one token is computed: the prefill leg has to sample something.
-            usable = hashes[: (len(token_ids) - 1) // block_tokens]
-            index = self._cluster.stores.state(hello).index
-            num_hits = index.longest_prefix(usable, time.time())
-        request = PlanRequest(len(token_ids), num_hits, block_tokens)
-        with self._telemetry.decision_seconds.time():
-            decision = self._policy.decide(snapshot, request)
-        if decision is None:
-            return None
-        prompt = Prompt(
-            len(token_ids), root, tuple(hashes), prompt_digest(root, token_ids), num_releases
-        )
-        return Placement(
-            prompt,
-            decision.plan,
-            self._engine(decision.prefill_engine),
-            self._engine(decision.decode_engine),
-        )
+    # --- waiting ---
 
-    def _engine(self, engine_id: str) -> Engine:
-        engine = self._cluster.by_id(engine_id)
-        assert engine is not None, f"policy chose {engine_id}, which is not in its snapshot"
-        return engine
+    async def _in_line(self, group: PairGroup, prompt: Prompt) -> Placement | None:
+        line = self._lines.setdefault(group, Line())
+        started_s = time.monotonic()
+        with self._telemetry.waiting.track_inprogress():
+            try:
+                return await line.place(
+                    prompt.num_tokens,
+                    lambda waiting: self._attempt(group, prompt, waiting),
+                    lambda placement: placement.booking.release(),
+                    self._config.queue_wait_s,
+                )
+            except TimeoutError:
+                logger.info(
+                    "a request waited for %.1f s: load counts no more for it", _since(started_s)
+                )
+                forced = self._attempt(group, prompt, None)
+                return None if isinstance(forced, NotNow) else forced
+            finally:
+                self._telemetry.wait_seconds.observe(_since(started_s))
+                if not line:
+                    self._lines.pop(group, None)
+
+    def _attempt(
+        self, group: PairGroup, prompt: Prompt, line: WaitingLine | None
+    ) -> Placement | NotNow | None:
+        view = self._cluster.roster.view_of.get(group)
+        if view is None:
+            return None
+        return self._decide(view, prompt, line=line, ignore_load=line is None)
+
+    def _wake(self) -> None:
+        for line in self._lines.values():
+            line.wake()
+
+    # --- deciding ---
+
+    def _decide(
+        self,
+        view: GroupView,
+        prompt: Prompt,
+        *,
+        use_hits: bool = True,
+        line: WaitingLine | None = None,
+        ignore_load: bool = False,
+    ) -> Placement | NotNow | None:
+        block_tokens = view.hello.geometry.block_tokens
+        num_hits = self._num_hits(view, prompt, block_tokens) if use_hits else 0
+        request = PlanRequest(prompt.num_tokens, num_hits, block_tokens)
+        with self._telemetry.decision_seconds.time():
+            decision = self._policy.decide(view.view, request, line, ignore_load=ignore_load)
+        if decision.verdict is Verdict.IMPOSSIBLE:
+            return None
+        if decision.verdict is not Verdict.PLACED:
+            return NotNow.NOT_NOW
+        prefill, decode = view.engines[decision.prefill], view.engines[decision.decode]
+        return _booked(prompt, _plan_of(view, decision, num_hits), prefill, decode)
+
+    def _num_hits(self, view: GroupView, prompt: Prompt, block_tokens: int) -> int:
+        """Asked anew at each attempt: while a request waited, blocks came and went."""
+        # At least one token is computed: the prefill leg has to sample something.
+        usable = prompt.block_hashes[: (prompt.num_tokens - 1) // block_tokens]
+        index = self._cluster.stores.state(view.hello).index
+        return index.longest_prefix(usable, time.time())
+
+
+def _since(started_s: float) -> float:
+    return time.monotonic() - started_s
+
+
+def _prompt_for(
+    view: GroupView, token_ids: Sequence[int], cache_salt: str | None, num_releases: int
+) -> Prompt:
+    hello = view.hello
+    root = hello.root if cache_salt is None else chain_root(hello.root, cache_salt)
+    hashes = chain_hashes(root, token_ids, hello.geometry.block_tokens)
+    digest = prompt_digest(root, token_ids)
+    return Prompt(len(token_ids), root, tuple(hashes), digest, num_releases)
+
+
+def _plan_of(view: GroupView, decision: Decision, num_hits: int) -> ReadPlan:
+    segments = tuple(
+        Segment(view.engines[reader].engine_id, first, last)
+        for reader, first, last in decision.segments
+    )
+    return ReadPlan(num_hits - decision.num_recompute_blocks, segments)
+
+
+def _booked(prompt: Prompt, plan: ReadPlan, prefill: Engine, decode: Engine) -> Placement:
+    block_tokens = prefill.hello.geometry.block_tokens
+    booking = Booking(prefill, decode, plan, prompt.num_tokens, block_tokens)
+    return Placement(prompt, plan, prefill, decode, booking)
 
 
 def _other_reader(failed: Transfer) -> str:

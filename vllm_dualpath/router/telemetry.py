@@ -18,18 +18,11 @@ class Telemetry:
         self.attempts_failed = self._counter(metrics.ROUTER_ATTEMPTS_FAILED)
         self.planned_tokens = self._counter(metrics.ROUTER_PLANNED_TOKENS)
         self._rejected = self._counter(metrics.ROUTER_REJECTED_MESSAGES)
-        self._queue = Gauge(
-            metrics.STORAGE_NIC_QUEUE_TOKENS.name,
-            metrics.STORAGE_NIC_QUEUE_TOKENS.help,
-            metrics.STORAGE_NIC_QUEUE_TOKENS.labels,
-            registry=self._registry,
-        )
-        self.decision_seconds = Histogram(
-            metrics.ROUTER_DECISION_SECONDS.name,
-            metrics.ROUTER_DECISION_SECONDS.help,
-            buckets=metrics.ROUTER_DECISION_SECONDS.buckets or Histogram.DEFAULT_BUCKETS,
-            registry=self._registry,
-        )
+        self._queue = self._gauge(metrics.STORAGE_NIC_QUEUE_TOKENS)
+        self._rate = self._gauge(metrics.STORAGE_NIC_RATE)
+        self.waiting = self._gauge(metrics.ROUTER_WAITING)
+        self.decision_seconds = self._histogram(metrics.ROUTER_DECISION_SECONDS)
+        self.wait_seconds = self._histogram(metrics.ROUTER_WAIT_SECONDS)
         for outcome in metrics.REQUEST_OUTCOMES:
             self.requests.labels(outcome)
         for role in ("prefill", "decode"):
@@ -39,11 +32,20 @@ class Telemetry:
     def render(self) -> bytes:
         """The text of ``/metrics``."""
         self._queue.clear()
+        self._rate.clear()
         for engine in self._cluster.engines:
             self._queue.labels(engine.engine_id).set(engine.read_queue_tokens)
+            self._rate.labels(engine.engine_id).set(engine.read_rate.rate)
         self._rejected.inc(self._cluster.rejected_messages - self._num_rejected)
         self._num_rejected = self._cluster.rejected_messages
         return generate_latest(self._registry)
 
     def _counter(self, metric: metrics.Metric) -> Counter:
         return Counter(metric.name, metric.help, metric.labels, registry=self._registry)
+
+    def _gauge(self, metric: metrics.Metric) -> Gauge:
+        return Gauge(metric.name, metric.help, metric.labels, registry=self._registry)
+
+    def _histogram(self, metric: metrics.Metric) -> Histogram:
+        buckets = metric.buckets or Histogram.DEFAULT_BUCKETS
+        return Histogram(metric.name, metric.help, buckets=buckets, registry=self._registry)

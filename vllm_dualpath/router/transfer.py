@@ -31,6 +31,7 @@ from vllm_dualpath.messages import (
     TransferKey,
 )
 from vllm_dualpath.plan import ReadPlan
+from vllm_dualpath.router.booking import Booking
 from vllm_dualpath.router.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -99,6 +100,7 @@ class Transfer:
         plan: ReadPlan,
         prefill: Engine,
         decode: Engine,
+        booking: Booking,
         send: Send,
         deadlines: Deadlines,
     ) -> None:
@@ -108,6 +110,7 @@ class Transfer:
         self.plan = plan
         self.prefill = prefill
         self.decode = decode
+        self.booking = booking
         self.state = State.RESERVING_DECODE
         self.failure: Failure | None = None
         self.num_hit_blocks = plan.num_hit_blocks
@@ -124,16 +127,11 @@ class Transfer:
         self._changed = asyncio.Event()
         self._open_sides = {prefill.boot_id: prefill, decode.boot_id: decode}
         self._unended = dict(self._open_sides)
-        self._queued_reads: dict[str, int] = {}
 
     # --- the router's side ---
 
     def start(self) -> None:
-        """Queue the reads in the bookkeeping and ask the decode mover for slots."""
-        for segment in self.plan.segments:
-            tokens = segment.num_blocks * self.decode.hello.geometry.block_tokens
-            self._engine(segment.reader).read_queue_tokens += tokens
-            self._queued_reads[segment.reader] = self._queued_reads.get(segment.reader, 0) + tokens
+        """Ask the decode mover for slots."""
         peer = _peer(self.prefill, ())
         self._send(self.decode, Reserve(self.key, "decode", self.prompt.num_tokens, peer))
 
@@ -186,8 +184,8 @@ class Transfer:
             self.fail(reason)
         self._end(self.prefill, drain, reason)
         self._end(self.decode, drain, reason)
-        for reader in list(self._queued_reads):
-            self._reads_done(reader)
+        for reader in self.booking.readers:
+            self.booking.reads_done(reader)
 
     @property
     def finished(self) -> bool:
@@ -261,7 +259,7 @@ class Transfer:
             self._send(self.decode, self._stage("decode", peer=_peer(self.prefill, prefill)))
 
     def _on_segment_done(self, sender: Engine, message: SegmentDone) -> None:
-        self._reads_done(sender.engine_id)
+        self.booking.reads_done(sender.engine_id)
         if message.good_until >= min(message.last_block, self.num_hit_blocks):
             return
         if self.state is not State.STAGING:
@@ -303,12 +301,6 @@ class Transfer:
         """Whether the prefill mover has heard of this transfer."""
         return bool(self._decode_slots)
 
-    def _reads_done(self, reader: str) -> None:
-        self._engine(reader).read_queue_tokens -= self._queued_reads.pop(reader, 0)
-
-    def _engine(self, engine_id: str) -> Engine:
-        return self.prefill if engine_id == self.prefill.engine_id else self.decode
-
     def _enter(self, state: State) -> None:
         self.state = state
         self._state_since_s = self._clock()
@@ -334,7 +326,7 @@ class Transfer:
     def _suspect(self) -> str:
         """Who let the attempt stall: the one reader that has not finished, or whom it waits for."""
         if self.state is State.STAGING:
-            return next(iter(self._queued_reads), self.prefill.engine_id)
+            return next(iter(self.booking.readers), self.prefill.engine_id)
         waits_for_decode = self.state is State.RESERVING_DECODE
         return (self.decode if waits_for_decode else self.prefill).engine_id
 

@@ -135,7 +135,7 @@ class Upstream:
 
     def _doubt(self, engine: Engine) -> None:
         """Give it no requests until it has answered a probe."""
-        engine.serving = False
+        self._cluster.set_serving(engine, False)
         self._cluster.notify()
 
     async def probe_forever(self) -> None:
@@ -154,7 +154,7 @@ class Upstream:
             async with self._session.get(
                 _url(engine, "/health"), timeout=aiohttp.ClientTimeout(total=_PROBE_S)
             ) as response:
-                engine.serving = response.status == 200
+                self._cluster.set_serving(engine, response.status == 200)
         except (TimeoutError, aiohttp.ClientError, ConnectionError, ValueError) as exc:
             logger.debug("engine %s does not serve yet: %r", engine.engine_id, exc)
         if engine.serving:

@@ -33,7 +33,7 @@ class Row:
         if not self.paper:
             return None
         pairs = zip(self.ours, self.paper, strict=True)
-        return max((abs(ours / paper - 1) for ours, paper in pairs)
+        return max((abs(ours / paper - 1) for ours, paper in pairs))
 
     def to_json(self) -> dict[str, Any]:
         """As one of ``rows`` in the JSON file."""

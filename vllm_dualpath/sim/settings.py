@@ -18,7 +18,6 @@ class ModeParts:
 
     policy: str
     placement: str | None
-    read_path: str | None
     layerwise: bool
     oracle: bool
 
@@ -26,12 +25,26 @@ class ModeParts:
 # The paper's Basic is the same engine without its three additions: reads by the prefill side, no
 # layer-wise prefill, engines by turns. `prefill_only` is the router's mode of that name.
 MODES = {
-    "basic": ModeParts("prefill_only", "round_robin", None, layerwise=False, oracle=False),
-    "prefill_only": ModeParts("prefill_only", None, None, layerwise=True, oracle=False),
-    "dual": ModeParts("dual", None, None, layerwise=True, oracle=False),
-    "split": ModeParts("split", None, None, layerwise=True, oracle=False),
-    "pool": ModeParts("pool", None, None, layerwise=True, oracle=False),
-    "oracle": ModeParts("dual", None, None, layerwise=True, oracle=True),
+    "basic": ModeParts("prefill_only", "round_robin", layerwise=False, oracle=False),
+    "prefill_only": ModeParts("prefill_only", None, layerwise=True, oracle=False),
+    "dual": ModeParts("dual", None, layerwise=True, oracle=False),
+    "split": ModeParts("split", None, layerwise=True, oracle=False),
+    "pool": ModeParts("pool", None, layerwise=True, oracle=False),
+    "oracle": ModeParts("dual", None, layerwise=True, oracle=True),
+}
+
+_PLACEMENTS = {
+    "round_robin": native.Placement.ROUND_ROBIN,
+    "fewest_tokens": native.Placement.FEWEST_TOKENS,
+    "paper": native.Placement.PAPER,
+    "balanced": native.Placement.BALANCED,
+}
+_READ_PATHS = {
+    "prefill": native.ReadPath.PREFILL,
+    "alternate": native.ReadPath.ALTERNATE,
+    "shorter_queue": native.ReadPath.SHORTER_QUEUE,
+    "split": native.ReadPath.SPLIT,
+    "pool": native.ReadPath.POOL,
 }
 
 
@@ -115,16 +128,17 @@ def _set_policy(
     trace: TraceStatistics,
 ) -> None:
     scheduling, parts = assumptions.scheduling, MODES[config.mode]
-    settings.set_policy(
-        mode=parts.policy,
-        placement=config.placement or parts.placement,
-        read_path=config.read_path or parts.read_path,
-        alpha_s=scheduling.alpha_s,
-        beta_tokens=int(scheduling.beta_s * prompt_tokens_per_s(settings, trace)),
-        min_segment_blocks=scheduling.min_segment_blocks,
-        max_readers=scheduling.max_readers,
-        recompute=config.recompute,
-    )
+    policy = native.PolicyParameters(parts.policy)
+    if placement := config.placement or parts.placement:
+        policy.placement = _PLACEMENTS[placement]
+    if config.read_path is not None:
+        policy.read_path = _READ_PATHS[config.read_path]
+    policy.alpha_s = scheduling.alpha_s
+    policy.beta_tokens = int(scheduling.beta_s * prompt_tokens_per_s(settings, trace))
+    policy.min_segment_blocks = scheduling.min_segment_blocks
+    policy.max_readers = scheduling.max_readers
+    policy.recompute = config.recompute
+    settings.policy = policy
     # The mean slope of attention over the whole context: the curve that the policy knows is linear.
     context = max(1, int(trace.mean_context))
     new = max(1, int(trace.append_tokens))

@@ -8,18 +8,15 @@ token, which its region descriptors carry; what is sent is neither signed nor en
 
 from __future__ import annotations
 
-import ipaddress
 import secrets
-from collections.abc import Sequence
-from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from vllm_dualpath import native
 from vllm_dualpath.errors import TransportError
-from vllm_dualpath.transport.base import Event, PutArray, Region, Transport
-from vllm_dualpath.transport.frames import event_of, pack, translated, unpack
+from vllm_dualpath.transport.base import Region
+from vllm_dualpath.transport.engine import EngineTransport, check_advertised, kernel_id
+from vllm_dualpath.transport.frames import pack, translated, unpack
 
 _MAX_PUT_BYTES = 1 << 30
 _TOKEN_BYTES = 16
@@ -44,7 +41,7 @@ class _Descriptor(msgspec.Struct, frozen=True, array_like=True, tag="tcp-region-
     num_bytes: int
 
 
-class TcpTransport(Transport):
+class TcpTransport(EngineTransport):
     """One listener, and a connection to each peer.
 
     Args:
@@ -66,13 +63,13 @@ class TcpTransport(Transport):
         first_id: int = 1,
         traffic_class: int | None = None,
     ) -> None:
+        super().__init__()
         self._host = advertise_host or listen_host
         self._nonce = secrets.token_bytes(_TOKEN_BYTES)
         self._token = secrets.token_bytes(_TOKEN_BYTES)
         with translated():
-            if ipaddress.ip_address(self._host).is_unspecified:
-                raise ValueError(f"peers cannot connect to {self._host}; set advertise_host")
-            self._engine = native.TcpEngine(
+            check_advertised(self._host)
+            self._engine: native.TcpEngine = native.TcpEngine(
                 listen_host,
                 listen_port,
                 self._token,
@@ -81,7 +78,6 @@ class TcpTransport(Transport):
                 -1 if traffic_class is None else traffic_class,
             )
             self._port = self._engine.listen_port
-        self._closed = False
 
     @property
     def name(self) -> str:
@@ -89,7 +85,7 @@ class TcpTransport(Transport):
 
     @property
     def address(self) -> bytes:
-        return pack(_Address(self._nonce, self._host, self._port, _kernel()))
+        return pack(_Address(self._nonce, self._host, self._port, kernel_id()))
 
     def register(self, address: int, num_bytes: int, *, fd: int | None = None) -> Region:
         self._check_open()
@@ -113,30 +109,5 @@ class TcpTransport(Transport):
                 region.address,
                 region.num_bytes,
                 # Within one kernel the peer's socket would hold our own pages, not copies.
-                by_reference=peer.kernel != _kernel(),
+                by_reference=peer.kernel != kernel_id(),
             )
-
-    def put(self, peer_id: int, pieces: PutArray, notice: bytes) -> int:
-        with translated():
-            return self._engine.put(peer_id, np.ascontiguousarray(pieces, np.uint64), notice)
-
-    def disconnect(self, peer_id: int) -> None:
-        self._engine.disconnect(peer_id)
-
-    def fileno(self) -> int:
-        return self._engine.fileno()
-
-    def poll(self) -> Sequence[Event]:
-        return [event_of(*fields) for fields in self._engine.poll()]
-
-    def close(self) -> None:
-        self._closed = True
-        self._engine.close()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise TransportError("the transport is closed")
-
-
-def _kernel() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

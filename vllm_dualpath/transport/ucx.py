@@ -18,20 +18,18 @@ There are three ways to a peer, in order of preference:
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
 import secrets
-from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from vllm_dualpath import native
 from vllm_dualpath.errors import TransportError
-from vllm_dualpath.transport.base import Event, PutArray, Region, Transport
-from vllm_dualpath.transport.frames import event_of, pack, translated, unpack
+from vllm_dualpath.transport.base import Region
+from vllm_dualpath.transport.engine import EngineTransport, check_advertised, kernel_id
+from vllm_dualpath.transport.frames import pack, translated, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +71,7 @@ class _Descriptor(msgspec.Struct, frozen=True, array_like=True, tag="ucx-region-
     file: _File | None
 
 
-class UcxTransport(Transport):
+class UcxTransport(EngineTransport):
     """One UCX worker with its listener and progress thread.
 
     Args:
@@ -95,12 +93,12 @@ class UcxTransport(Transport):
         max_inflight_bytes: int = MAX_INFLIGHT_BYTES,
         max_put_bytes: int = MAX_PUT_BYTES,
     ) -> None:
+        super().__init__()
         self._host = advertise_host or listen_host
         library = native.load_ucx()
         with translated():
-            if ipaddress.ip_address(self._host).is_unspecified:
-                raise ValueError(f"peers cannot connect to {self._host}; set advertise_host")
-            self._engine = native.UcxEngine(
+            check_advertised(self._host)
+            self._engine: native.UcxEngine = native.UcxEngine(
                 library, listen_host, listen_port, max_inflight_bytes, max_put_bytes
             )
         info = self._engine.context_info()
@@ -110,7 +108,6 @@ class UcxTransport(Transport):
         self._nonce = secrets.token_bytes(16)
         self._memory_domain = _memory_domain(self._report.transports)
         self._has_cma = "cma" in self._report.transports
-        self._closed = False
         logger.info("%s from %s", self.name, library.path)
 
     @property
@@ -177,27 +174,6 @@ class UcxTransport(Transport):
                 memory=memory,
             )
 
-    def put(self, peer_id: int, pieces: PutArray, notice: bytes) -> int:
-        with translated():
-            return self._engine.put(peer_id, np.ascontiguousarray(pieces, np.uint64), notice)
-
-    def disconnect(self, peer_id: int) -> None:
-        self._engine.disconnect(peer_id)
-
-    def fileno(self) -> int:
-        return self._engine.fileno()
-
-    def poll(self) -> Sequence[Event]:
-        return [event_of(*fields) for fields in self._engine.poll()]
-
-    def close(self) -> None:
-        self._closed = True
-        self._engine.close()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise TransportError("the transport is closed")
-
     def _map(self, region: _Descriptor) -> native.PeerMemory | None:
         """The peer's memory in this process, if the kernel allows it."""
         file = region.file
@@ -229,8 +205,9 @@ def _memory_domain(transports: tuple[str, ...]) -> str:
     """What two processes that reach each other's memory have in common; empty if UCX may not."""
     if _SHARED_MEMORY.isdisjoint(transports):
         return ""
-    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return ":".join([boot_id, *(str(Path(f"/proc/self/ns/{ns}").readlink()) for ns in _NAMESPACES)])
+    return ":".join(
+        [kernel_id(), *(str(Path(f"/proc/self/ns/{ns}").readlink()) for ns in _NAMESPACES)]
+    )
 
 
 def _describe_file(fd: int) -> _File:

@@ -70,24 +70,25 @@ class Ratios:
             self._pooled(name, pairs)
 
     def _pooled(self, name: str, pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> None:
-        """Of each round the geometric mean over all that was measured in it."""
-        logs = [np.log(np.asarray(above) / np.asarray(below)) for above, below in pairs]
-        pooled = np.exp(np.mean(logs, axis=0))
-        self.found[name] = paired_ratio(pooled.tolist(), [1.0] * len(pooled))
+        self.found[name] = pooled_ratio(pairs)
+
+
+def pooled_ratio(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Ratio:
+    """Of each round the geometric mean over all that was measured in it."""
+    logs = [np.log(np.asarray(above) / np.asarray(below)) for above, below in pairs]
+    pooled = np.exp(np.mean(logs, axis=0))
+    return paired_ratio(pooled.tolist(), [1.0] * len(pooled))
 
 
 def checked_read_ratio(measured: Measured) -> Ratio:
     """Speed of reads with their checksums over reads without, all shapes together."""
     seconds = measured.storage.seconds
-    logs = [
-        np.log(
-            np.asarray(seconds[shape.name, "read_unchecked", "ours"])
-            / np.asarray(seconds[shape.name, "read", "ours"])
-        )
-        for shape in SHAPES
-    ]
-    pooled = np.exp(np.mean(logs, axis=0))
-    return paired_ratio(pooled.tolist(), [1.0] * len(pooled))
+    return pooled_ratio(
+        [
+            (seconds[shape.name, "read_unchecked", "ours"], seconds[shape.name, "read", "ours"])
+            for shape in SHAPES
+        ]
+    )
 
 
 def gb_per_s(num_bytes: int, seconds: Sequence[float]) -> float:

@@ -1,0 +1,146 @@
+"""Copies that cannot be made: right tokens all the same, an end for every request, nothing kept."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.connector.engine import Engine, key_of
+from vllm_dualpath.connector.copies import HostCopies
+from vllm_dualpath.errors import SyncLoadFailed
+from vllm_dualpath.messages import ReturnPersistSlots
+
+PROMPT = list(range(1, 43))
+SLOTS = [7, 3, 9, 1, 12, 5]
+
+
+class FailingCopies(HostCopies):
+    """Fails where it is told to, as an engine does whose device refuses; copies nothing then."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self._where = where
+        self.num_failed = 0
+
+    def _fail_at(self, where: str) -> None:
+        if self._where == where:
+            self.num_failed += 1
+            raise RuntimeError(f"the device refuses: {where}")
+
+    def rows(self, mapping, copies):
+        self._fail_at("rows")
+        return super().rows(mapping, copies)
+
+    def now(self):
+        self._fail_at("now")
+        return super().now()
+
+    def submit(self, rows, layers, *, load):
+        self._fail_at("submit")
+        return super().submit(rows, layers, load=load)
+
+    def submit_layers(self, rows, *, load):
+        self._fail_at("submit_layers")
+        if self._where == "hold_forward":
+            return [1] * rows.num_layers
+        return super().submit_layers(rows, load=load)
+
+    def submit_background(self, rows, layers, after, *, load):
+        self._fail_at("submit_background")
+        return super().submit_background(rows, layers, after, load=load)
+
+    def hold_forward(self, mark):
+        if mark is not None:
+            self._fail_at("hold_forward")
+        return super().hold_forward(mark)
+
+    def wait(self, mark):
+        if mark is not None:
+            self._fail_at("wait")
+        super().wait(mark)
+
+
+@pytest.fixture
+def failing(engine):
+    """An engine whose worker's copies fail at one point, and those copies."""
+
+    def make(role: str, where: str, **options: object) -> tuple[Engine, FailingCopies]:
+        e = engine(role, **options)
+        side = e.worker._worker.side
+        side._engine.close()
+        copies = FailingCopies(where)
+        side._engine = side._batches._engine = side._loads._engine = copies
+        side._mover._engine = side._mover._staging._engine = copies
+        return e, copies
+
+    return make
+
+
+def check_unused(e: Engine) -> None:
+    """Nothing keeps the staging memory mapped."""
+    staging = e.worker._worker.side._mover._staging
+    e.wait(lambda: staging._num_users == 0)
+
+
+@pytest.mark.parametrize("where", ["rows", "submit_layers", "hold_forward"])
+def test_failed_synchronous_load_is_recomputed(failing, where):
+    """Pages that were not filled are not read as if they were."""
+    e, copies = failing("prefill", where)
+    e.stage(PROMPT, SLOTS, 32)
+    e.add("r", PROMPT, 1, e.mover.publish(e.root, PROMPT, 4, SLOTS))
+    e.run(8000)
+    assert copies.num_failed
+    e.check_output("r", 1)
+    e.check_ended()
+    check_unused(e)
+
+
+@pytest.mark.parametrize("where", ["rows", "submit_layers", "hold_forward"])
+def test_failed_synchronous_load_ends_an_engine_that_would_use_it(failing, where):
+    """With asynchronous scheduling vLLM accepts a token that was computed from invalid blocks."""
+    e, _ = failing("prefill", where, is_async=True)
+    e.stage(PROMPT, SLOTS, 32)
+    e.add("r", PROMPT, 4, e.mover.publish(e.root, PROMPT, 4, SLOTS))
+    with pytest.raises(SyncLoadFailed, match="no-async-scheduling"):
+        e.run(8000)
+    assert not e.outputs["r"]
+    e.close()  # waits for whoever uses the staging memory
+
+
+@pytest.mark.parametrize("where", ["rows", "now", "submit_background", "wait"])
+def test_failed_asynchronous_load_is_recomputed(failing, where):
+    """A request that waits for its load goes on without it."""
+    e, copies = failing("decode", where)
+    e.stage(PROMPT, SLOTS, len(PROMPT))
+    e.add("r", PROMPT, 6, e.mover.publish(e.root, PROMPT, 6, SLOTS))
+    e.run(8000)
+    assert copies.num_failed
+    e.check_output("r", 6)
+    e.check_ended()
+    check_unused(e)
+
+
+@pytest.mark.parametrize("where", ["rows", "submit", "wait"])
+def test_failed_save_ends_with_its_request(failing, where):
+    """The prefill leg answers; nobody is told of pages that were not copied."""
+    e, copies = failing("prefill", where)
+    params = e.mover.publish(e.root, PROMPT, 0, SLOTS)
+    e.add("r", PROMPT, 1, params)
+    e.run(8000)
+    assert copies.num_failed
+    assert not e.mover.saved_pages(key_of(params))
+    e.check_output("r", 1)
+    e.check_ended()
+    check_unused(e)
+
+
+@pytest.mark.parametrize("where", ["rows", "submit", "wait"])
+def test_slots_of_blocks_that_were_not_stored_go_back(failing, where):
+    """The mover gets back every persist slot that no block was copied to."""
+    e, copies = failing("decode", where)
+    e.add("r", PROMPT, 8)
+    e.run(8000)
+    assert copies.num_failed
+    e.check_output("r", 8)
+    assert e.mover.wait_for(ReturnPersistSlots)
+    e.check_ended()
+    check_unused(e)

@@ -1,0 +1,67 @@
+"""A placed request's weight on engines and storage NICs. Every part is taken off once."""
+
+from __future__ import annotations
+
+from vllm_dualpath.plan import ReadPlan
+from vllm_dualpath.router.engine import Engine
+
+
+class Assignment:
+    """A request's weight on one engine, taken off once however often ``release`` is called."""
+
+    def __init__(self, engine: Engine, num_tokens: int, compute_tokens: int = 0) -> None:
+        self.engine = engine
+        self._num_tokens = num_tokens
+        self._compute_tokens = compute_tokens
+        self._kv_tokens = 0
+        self._open = True
+        engine.add_load(1, num_tokens, compute_tokens)
+
+    def take_kv(self) -> None:
+        """Its tokens go into the engine's KV cache now."""
+        if self._open and self._kv_tokens == 0:
+            self._kv_tokens = self._num_tokens
+            self.engine.add_load(0, 0, 0, self._kv_tokens)
+
+    def release(self) -> None:
+        if self._open:
+            self._open = False
+            self.engine.add_load(-1, -self._num_tokens, -self._compute_tokens, -self._kv_tokens)
+
+
+class Booking:
+    """From the decision on: the next one must see it. ``release`` takes off what is left."""
+
+    def __init__(
+        self, prefill: Engine, decode: Engine, plan: ReadPlan, num_tokens: int, block_tokens: int
+    ) -> None:
+        hit_tokens = plan.num_hit_blocks * block_tokens
+        self.prefill = Assignment(prefill, num_tokens, num_tokens - hit_tokens)
+        self.decode = Assignment(decode, num_tokens)
+        self._reads: dict[str, int] = {}
+        for segment in plan.segments:
+            tokens = segment.num_blocks * block_tokens
+            self._reads[segment.reader] = self._reads.get(segment.reader, 0) + tokens
+        for reader, tokens in self._reads.items():
+            self._engine(reader).add_reads(tokens)
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """Who has not read its part yet."""
+        return tuple(self._reads)
+
+    def reads_done(self, reader: str) -> None:
+        """``reader`` reads no more."""
+        tokens = self._reads.pop(reader, 0)
+        if tokens:
+            self._engine(reader).add_reads(-tokens)
+
+    def release(self) -> None:
+        for reader in self.readers:
+            self.reads_done(reader)
+        self.prefill.release()
+        self.decode.release()
+
+    def _engine(self, engine_id: str) -> Engine:
+        prefill = self.prefill.engine
+        return prefill if engine_id == prefill.engine_id else self.decode.engine
