@@ -1,5 +1,7 @@
 #include "sim/cluster.hpp"
 
+#include <algorithm>
+
 namespace dualpath::sim {
 namespace {
 
@@ -21,6 +23,11 @@ Cluster::Cluster(const Settings& settings) : shape_(settings.shape) {
     for (std::uint32_t i = 0; i < shape_.num_decode_nodes * per_node; ++i)
         decode_engines_.push_back(
             {FifoServer(shape_.engine_nic_bytes_per_s), MemoryPool(settings.decode.cache_tokens)});
+}
+
+bool Cluster::is_cache_free() const {
+    return std::all_of(decode_engines_.begin(), decode_engines_.end(),
+                       [](const DecodeEngine& engine) { return engine.cache.used() == 0; });
 }
 
 Cluster::Seat Cluster::prefill_seat(std::uint32_t engine) const {

@@ -46,6 +46,8 @@ class Cluster {
     DecodeEngine& decode_engine(std::uint32_t engine) {
         return decode_engines_[engine - num_prefill_engines()];
     }
+    // Whether no decode engine's KV cache is taken.
+    bool is_cache_free() const;
 
   private:
     ClusterShape shape_;

@@ -31,8 +31,7 @@ double attention_s(const PrefillCost& cost, std::int64_t num_cached, std::int64_
 std::int64_t fitting_tokens(const PrefillCost& cost, std::int64_t num_cached, std::int64_t num_new,
                             double budget_s) {
     const auto fits = [&](std::int64_t count) {
-        return attention_s(cost, num_cached, count) + cost.token_s * static_cast<double>(count) <=
-               budget_s;
+        return attention_s(cost, num_cached, count) <= budget_s;
     };
     if (fits(num_new)) return num_new;
     std::int64_t low = 0;

@@ -10,7 +10,7 @@ namespace dualpath::sim {
 // Attention (and indexer) of `num_new` tokens behind `num_cached` ones.
 double attention_s(const PrefillCost& cost, std::int64_t num_cached, std::int64_t num_new);
 
-// The most new tokens whose attention and own cost fit `budget_s`; at most `num_new`.
+// The most new tokens whose attention fits `budget_s`; at most `num_new`.
 std::int64_t fitting_tokens(const PrefillCost& cost, std::int64_t num_cached, std::int64_t num_new,
                             double budget_s);
 

@@ -27,6 +27,7 @@ PrefillGroup::Step PrefillGroup::begin_step() {
         step.slowest_attention_s = std::max(step.slowest_attention_s, engine.attention_s);
         step.mean_attention_s += engine.attention_s / static_cast<double>(engines_.size());
         step.num_tokens += engine.num_tokens;
+        step.everyone_works = step.everyone_works && engine.num_tokens > 0;
         copy_s = std::max(copy_s, engine.copy_s);
     }
     // Attention ends with the slowest rank; experts share the group's tokens evenly.
@@ -55,7 +56,7 @@ void PrefillGroup::fill(Engine& engine) {
         if (count == 0 && is_first) count = 1;
         if (count == 0) break;
         const double attention = attention_s(cost_, prompt.num_cached, count);
-        left_s -= attention + cost_.token_s * static_cast<double>(count);
+        left_s -= attention;
         cache_left -= length;
         engine.attention_s += attention;
         engine.num_tokens += count;

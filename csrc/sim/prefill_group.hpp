@@ -24,6 +24,7 @@ class PrefillGroup {
         double slowest_attention_s = 0;
         double mean_attention_s = 0;
         std::int64_t num_tokens = 0;
+        bool everyone_works = true;  // no engine is without a prompt
     };
 
     PrefillGroup(const Settings& settings, std::uint32_t num_engines);

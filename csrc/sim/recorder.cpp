@@ -29,6 +29,7 @@ void Recorder::end_agent(std::uint32_t agent, double arrived_s, double now_s) {
 void Recorder::begin_step(const PrefillGroup::Step& step) {
     ++counts_.prefill_steps;
     counts_.computed_tokens += static_cast<std::uint64_t>(step.num_tokens);
+    if (!step.everyone_works) return;
     attention_.slowest_s += step.slowest_attention_s;
     attention_.mean_s += step.mean_attention_s;
 }

@@ -34,8 +34,10 @@ struct Counts {
     std::uint64_t decisions = 0;
 };
 
+// Sums over the steps in which every engine of a group has something to do: an idle one waits for
+// requests, not for others' attention.
 struct AttentionBalance {
-    double slowest_s = 0;  // sums over steps
+    double slowest_s = 0;
     double mean_s = 0;
 };
 

@@ -71,7 +71,7 @@ struct Settings {
     policy::PrefillCurve curve;  // what the policy believes of prefill engines
     std::int64_t kv_bytes_per_token = 1;
     std::uint32_t block_tokens = 64;
-    double quota_s = 0.3;       // of compute in one prefill step
+    double quota_s = 0.3;       // of attention in one engine's prefill step
     double tool_time_s = 0;     // mean between an answer and the next turn, exponential
     double window_s = 1;        // of the storage NICs' time line
     double report_every_s = 1;  // engines report measured read rates

@@ -53,6 +53,20 @@ void Simulation::run() {
                                  std::to_string(now()) + " s: no usable engine is left for them");
 }
 
+bool Simulation::is_settled() const {
+    const policy::ClusterView& view = dispatcher_.view();
+    for (const policy::EngineState& engine : view.engines)
+        if (engine.num_requests != 0 || engine.num_tokens != 0 || engine.num_compute_tokens != 0 ||
+            (engine.role == policy::Role::kDecode &&
+             engine.free_kv_tokens != settings_.decode.cache_tokens))
+            return false;
+    for (const policy::NodeState& node : view.nodes)
+        if (node.read_queue_tokens != 0 || node.push_queue_tokens != 0) return false;
+    for (const StorageNode& node : cluster_.nodes())
+        if (node.staging().used() != 0) return false;
+    return cluster_.is_cache_free();
+}
+
 void Simulation::handle(const Event& event) {
     switch (event.kind) {
         case EventKind::kAgentArrives:

@@ -26,6 +26,8 @@ class Simulation {
     const Recorder& recorder() const { return recorder_; }
     const Cluster& cluster() const { return cluster_; }
     double end_s() const { return calendar_.now(); }
+    // Whether nothing weighs on any engine, queue or memory any more, as after the last agent.
+    bool is_settled() const;
 
   private:
     // Events, in simulation.cpp.

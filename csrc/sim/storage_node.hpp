@@ -20,6 +20,7 @@ class StorageNode {
 
     FifoServer& reads() { return reads_; }
     MemoryPool& staging() { return staging_; }
+    const MemoryPool& staging() const { return staging_; }
 
     // Ends the transfer in service and accounts for it.
     FifoServer::Transfer end_read(double now_s);

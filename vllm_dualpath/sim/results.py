@@ -69,7 +69,7 @@ class SimulationResult:
     staged_s: Seconds
     waiting_s: Seconds
     attention_balance: float
-    """Slowest engine's attention over the mean engine's, over all prefill steps."""
+    """Slowest engine's attention over the mean engine's, in steps in which all have prompts."""
     window_s: float
     kv_bytes_per_token: int
 
