@@ -19,7 +19,7 @@ from vllm_dualpath.workload import TrajectorySet
 
 
 def test_equation_9_gives_the_papers_range() -> None:
-    """g = 8, s = 1, 500 GB/s of memory: 1/7 to 7/2."""
+    """Eight GPUs, s = 1, 500 GB/s of memory: 1/7 to 7/2."""
     least, most = bottleneck_free_ratios(paper_assumptions().hardware)
     assert least == pytest.approx(1 / 7)
     assert most == pytest.approx(7 / 2)
