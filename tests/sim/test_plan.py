@@ -73,7 +73,7 @@ def test_an_online_plan_is_judged_by_its_first_tokens() -> None:
 
 
 def test_nodes_that_leave_no_split_are_refused() -> None:
-    """One node cannot be both; three cannot be whole groups of DS 660B and a rest of one group."""
+    """One node cannot be both: there is nothing to split."""
     with pytest.raises(ConfigError, match="found 1"):
         make_plan(make_config(agents=5), 1, paper_assumptions())
 

@@ -34,6 +34,7 @@ class Efficiency(_Section):
 
     linear_fp8: float
     linear_bf16: float
+    decode_linear: float
     attention: float
     indexer: float
     hbm: float

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllm_dualpath.sim.assumptions import Assumptions, Efficiency, Hardware, ModelShape
+from vllm_dualpath.sim.assumptions import Assumptions, Hardware, ModelShape
 
 GIGA = 1e9
 TERA = 1e12
@@ -111,7 +111,8 @@ def engine_costs(assumptions: Assumptions, shape: ModelShape) -> EngineCosts:
     """What the paper's engines would take, under the assumptions."""
     hardware, efficiency = assumptions.hardware, assumptions.efficiency
     work, gpus = model_work(shape), shape.gpus_per_engine
-    linear = _linear_flops_per_s(hardware, efficiency, shape) * gpus
+    peak = _peak_flops_per_s(hardware, shape)
+    linear = peak * (efficiency.linear_fp8 if shape.weight_bytes == 1 else efficiency.linear_bf16)
     attention = hardware.tflops_bf16 * TERA * efficiency.attention * gpus
     indexer = hardware.tflops_fp8 * TERA * efficiency.indexer * gpus
     hbm = hardware.hbm_gbytes_per_s * GIGA * efficiency.hbm
@@ -126,17 +127,16 @@ def engine_costs(assumptions: Assumptions, shape: ModelShape) -> EngineCosts:
         prefill_selected_pair_s=work.selected_pair_flops / attention,
         prefill_cache_tokens=_cache_tokens(assumptions, shape, work, shape.prefill_group_nodes),
         decode_step_s=decode_layer * shape.layers + decode_weights / hbm,
-        decode_request_s=work.linear_flops / linear,
+        decode_request_s=work.linear_flops / (peak * efficiency.decode_linear),
         decode_token_s=work.index_bytes_per_token / (hbm * gpus),
         decode_selected_token_s=work.selected_bytes_per_token / (hbm * gpus),
         decode_cache_tokens=_cache_tokens(assumptions, shape, work, shape.decode_group_nodes),
     )
 
 
-def _linear_flops_per_s(hardware: Hardware, efficiency: Efficiency, shape: ModelShape) -> float:
-    if shape.weight_bytes == 1:
-        return hardware.tflops_fp8 * TERA * efficiency.linear_fp8
-    return hardware.tflops_bf16 * TERA * efficiency.linear_bf16
+def _peak_flops_per_s(hardware: Hardware, shape: ModelShape) -> float:
+    tflops = hardware.tflops_fp8 if shape.weight_bytes == 1 else hardware.tflops_bf16
+    return tflops * TERA * shape.gpus_per_engine
 
 
 def _weight_bytes(
