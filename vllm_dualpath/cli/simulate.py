@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,13 +12,15 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
 from vllm_dualpath.errors import ConfigError
-from vllm_dualpath.sim.assumptions import load_assumptions
+from vllm_dualpath.sim.assumptions import Assumptions, load_assumptions
 from vllm_dualpath.sim.capacity import Objectives, find_capacity
 from vllm_dualpath.sim.config import SimulationConfig, make_config
-from vllm_dualpath.sim.report import result_lines, result_table
+from vllm_dualpath.sim.heatmap import heat_map
+from vllm_dualpath.sim.report import result_lines, result_table, sweep_table
 from vllm_dualpath.sim.reproduce import reproduce
 from vllm_dualpath.sim.reproduction_page import row_table, update_page
 from vllm_dualpath.sim.run import run_simulation
+from vllm_dualpath.sim.sweep import BASE_MODE, SweepScope, run_sweep
 
 
 def simulate(
@@ -51,6 +54,12 @@ def simulate(
         bool, typer.Option("--reproduce", help="Run the paper's experiments instead.")
     ] = False,
     short: Annotated[bool, typer.Option("--short", help="Reproduce only the small ones.")] = False,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Compare split and pool with dual over a grid instead.")
+    ] = False,
+    heat_maps: Annotated[
+        Path | None, typer.Option(help="Write the sweep's heat maps into this directory.")
+    ] = None,
     page: Annotated[
         Path | None, typer.Option(help="Rewrite the table in this copy of reproduction.md.")
     ] = None,
@@ -59,6 +68,9 @@ def simulate(
     """Simulate a cluster that serves agents, or reproduce the paper's figures."""
     if reproduce_paper:
         _reproduce(short, page, json_path)
+        return
+    if sweep:
+        _sweep(load_assumptions(assumptions), heat_maps, json_path)
         return
     if agents is None and rate is None:
         agents = 500
@@ -111,6 +123,21 @@ def _reproduce(short: bool, page: Path | None, json_path: Path | None) -> None:
     if page is not None:
         update_page(page, rows, short)
     Console().print(row_table(rows))
+
+
+def _sweep(assumptions: Assumptions, heat_maps: Path | None, json_path: Path | None) -> None:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("")
+        started = partial(progress.update, task)
+        cells = run_sweep(SweepScope(), assumptions, started=lambda name: started(description=name))
+    _write(json_path, {"cells": [cell.to_json() for cell in cells]})
+    console = Console()
+    for mode in dict.fromkeys(cell.mode for cell in cells):
+        if heat_maps is not None:
+            picture = heat_map(cells, mode, BASE_MODE)
+            (heat_maps / f"sweep-{mode}.svg").write_text(picture, encoding="utf-8")
+        console.print(sweep_table([cell for cell in cells if cell.mode == mode], mode))
 
 
 def _object(text: str) -> dict[str, Any]:

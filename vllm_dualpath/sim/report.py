@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.table import Table
 
 from vllm_dualpath.sim.results import SimulationResult, Summary
+from vllm_dualpath.sim.sweep import METRICS, SweepCell
 
 
 def result_table(result: SimulationResult) -> Table:
@@ -49,3 +52,21 @@ def result_lines(result: SimulationResult) -> list[str]:
             f"turns that fit no engine {counts['impossible_turns']:,}"
         )
     return lines
+
+
+def sweep_table(cells: Sequence[SweepCell], mode: str) -> Table:
+    """Of each metric the best, the middle and the worst cell, and where the mode is worse."""
+    table = Table(title=f"{mode} over dual, {len(cells)} cells", title_justify="left")
+    table.add_column("metric")
+    for column in ("least", "median", "most", "worse cells"):
+        table.add_column(column, justify="right")
+    table.add_column("the worst of them")
+    for name in METRICS:
+        ratios = [cell.comparisons[name].ratio for cell in cells]
+        ordered = [cells[i] for i in sorted(range(len(cells)), key=ratios.__getitem__)]
+        worse = [cell for cell in ordered if cell.comparisons[name].is_worse]
+        picked = (ordered[0], ordered[len(ordered) // 2], ordered[-1])
+        figures = (f"{cell.comparisons[name].ratio:.3f}" for cell in picked)
+        last = f"{worse[-1].key.label()} ({worse[-1].binds})" if worse else ""
+        table.add_row(name, *figures, str(len(worse)), last)
+    return table
