@@ -126,13 +126,13 @@ STAGE_SECONDS = Metric(
 LAYER_WAIT_SECONDS = Metric(
     "vllm:dualpath_layer_wait_seconds",
     "histogram",
-    "Time the forward pass waited for a layer's copy.",
+    "Time the forward pass waited for a layer's copy, where it had to.",
     buckets=_WAIT_BUCKETS,
 )
 FENCE_WAIT_SECONDS = Metric(
     "vllm:dualpath_fence_wait_seconds",
     "histogram",
-    "Time a step waited at its start for copies of the step before.",
+    "Time a step waited at its start for copies of the step before, where it had to.",
     buckets=_WAIT_BUCKETS,
 )
 

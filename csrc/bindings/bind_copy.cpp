@@ -2,6 +2,7 @@
 // not.
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <memory>
@@ -47,15 +48,17 @@ class Numbers {
     }
     std::uint32_t operator[](std::size_t index) const {
         PyObject* item = PySequence_Fast_GET_ITEM(fast_.ptr(), static_cast<Py_ssize_t>(index));
-        const unsigned long long value = PyLong_AsUnsignedLongLong(item);
-        if (value == static_cast<unsigned long long>(-1) && PyErr_Occurred() != nullptr) {
-            throw py::error_already_set();
-        }
-        if (value > UINT32_MAX) throw std::invalid_argument("a block or slot beyond 32 bits");
+        const long value = PyLong_AsLong(item);
+        if (value < 0 || value > static_cast<long>(UINT32_MAX)) refuse(value);
         return static_cast<std::uint32_t>(value);
     }
 
   private:
+    [[noreturn]] static void refuse(long value) {
+        if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+        throw std::invalid_argument("a block or slot beyond 32 bits: " + std::to_string(value));
+    }
+
     py::object fast_;
 };
 
@@ -63,17 +66,17 @@ class Numbers {
 void add_rows(std::vector<PageRow>& rows, std::size_t first_page, std::size_t pages_per_block,
               const Numbers& blocks, const Numbers& slots) {
     std::size_t in_block = first_page % pages_per_block;
-    std::size_t slot = 0;
-    for (std::size_t i = 0; i < blocks.size(); ++i) {
-        if (slot >= slots.size()) {
-            throw std::invalid_argument(std::to_string(blocks.size()) + " pages from page " +
-                                        std::to_string(first_page) + " on do not fit into " +
-                                        std::to_string(slots.size()) + " slots");
-        }
-        rows.push_back({blocks[i], slots[slot], static_cast<std::uint32_t>(in_block)});
-        if (++in_block == pages_per_block) {
-            in_block = 0;
-            ++slot;
+    if (in_block + blocks.size() > slots.size() * pages_per_block) {
+        throw std::invalid_argument(std::to_string(blocks.size()) + " pages from page " +
+                                    std::to_string(first_page) + " on do not fit into " +
+                                    std::to_string(slots.size()) + " slots");
+    }
+    std::size_t i = 0;
+    for (std::size_t slot = 0; i < blocks.size(); ++slot, in_block = 0) {
+        const std::uint32_t number = slots[slot];
+        const std::size_t end = std::min(blocks.size(), i + pages_per_block - in_block);
+        for (; i < end; ++i, ++in_block) {
+            rows.push_back({blocks[i], number, static_cast<std::uint32_t>(in_block)});
         }
     }
 }
@@ -101,9 +104,10 @@ CopyDirection direction_of(bool load) { return load ? CopyDirection::kLoad : Cop
 CopyLane lane_of(bool background) { return background ? CopyLane::kBackground : CopyLane::kUrgent; }
 
 std::uint64_t submit(CopyQueue& queue, std::shared_ptr<PageRows> rows, bool load,
-                     std::size_t first_layer, std::size_t end_layer, bool background) {
+                     std::size_t first_layer, std::size_t end_layer, bool background,
+                     bool reported) {
     return queue.submit({std::move(rows), direction_of(load), first_layer, end_layer, nullptr},
-                        lane_of(background));
+                        lane_of(background), reported);
 }
 
 CudaMethod method_named(const std::string& name) {
@@ -113,6 +117,15 @@ CudaMethod method_named(const std::string& name) {
 }
 
 CudaStream stream_at(std::uintptr_t handle) { return reinterpret_cast<CudaStream>(handle); }
+
+// (copies ended, why copies failed)
+template <typename Copies>
+std::pair<std::uint64_t, std::string> wait_reports(Copies& copies, std::uint64_t seen,
+                                                   double timeout_s) {
+    const py::gil_scoped_release release;
+    const auto count = copies.wait_reports(seen, seconds(timeout_s));
+    return {count, copies.error()};
+}
 
 void bind_cuda(py::module_& module) {
     using release = py::call_guard<py::gil_scoped_release>;
@@ -127,12 +140,14 @@ void bind_cuda(py::module_& module) {
             "submit",
             [](CudaCopies& copies, std::shared_ptr<PageRows> rows, bool load,
                std::size_t first_layer, std::size_t end_layer, const CudaMark& after,
-               bool background) {
+               bool background, bool reported) {
                 return copies.submit(std::move(rows), direction_of(load), first_layer, end_layer,
-                                     lane_of(background), after);
+                                     lane_of(background), after, reported);
             },
             py::arg("rows"), py::arg("load"), py::arg("first_layer"), py::arg("end_layer"),
-            py::arg("after"), py::arg("background") = false)
+            py::arg("after"), py::arg("background") = false, py::arg("reported") = false)
+        .def("submit_barrier", &CudaCopies::submit_barrier)
+        .def("wait_reports", &wait_reports<CudaCopies>, py::arg("seen"), py::arg("timeout_s"))
         .def(
             "now",
             [](const CudaCopies& copies, std::uintptr_t stream) {
@@ -185,9 +200,12 @@ void bind_copy(py::module_& module) {
     py::class_<CopyQueue>(module, "CopyQueue")
         .def(py::init([] { return std::make_unique<CopyQueue>(std::make_unique<HostDevice>()); }))
         .def("submit", &submit, py::arg("rows"), py::arg("load"), py::arg("first_layer"),
-             py::arg("end_layer"), py::arg("background") = false)
+             py::arg("end_layer"), py::arg("background") = false, py::arg("reported") = false)
+        .def("submit_barrier", &CopyQueue::submit_barrier)
+        .def("wait_reports", &wait_reports<CopyQueue>, py::arg("seen"), py::arg("timeout_s"))
         .def("submit_layers", &submit_layers, py::arg("rows"), py::arg("load"))
         .def("done", &CopyQueue::done, py::arg("ticket"))
+        .def("done_until", &CopyQueue::done_until, py::arg("ticket"))
         .def(
             "wait",
             [](const CopyQueue& queue, std::uint64_t ticket, double timeout_s) {

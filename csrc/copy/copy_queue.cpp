@@ -12,14 +12,18 @@
 namespace dualpath {
 namespace {
 
-// The thread that started us may be bound to cores that compute: stay off them if there are others.
-// Not being allowed to costs speed only.
+// The thread that started us may be bound to cores that compute: stay off them if there are others
+// that this process may use. A thread that woke up on such a core would take it from the forward
+// pass, and what is in its caches.
 void leave_compute_cores() {
-    cpu_set_t all;
-    CPU_ZERO(&all);
+    cpu_set_t bound, others;
+    if (sched_getaffinity(0, sizeof bound, &bound) != 0) return;
+    CPU_ZERO(&others);
     const long num_cpus = std::min<long>(sysconf(_SC_NPROCESSORS_CONF), CPU_SETSIZE);
-    for (long cpu = 0; cpu < num_cpus; ++cpu) CPU_SET(static_cast<std::size_t>(cpu), &all);
-    (void)sched_setaffinity(0, sizeof all, &all);
+    for (std::size_t cpu = 0; cpu < static_cast<std::size_t>(num_cpus); ++cpu) {
+        if (!CPU_ISSET(cpu, &bound)) CPU_SET(cpu, &others);
+    }
+    (void)sched_setaffinity(0, sizeof others, &others);  // refused where there are none
 }
 
 template <class Action>
@@ -48,12 +52,22 @@ CopyQueue::~CopyQueue() {
     if (thread_.joinable()) thread_.join();
 }
 
-CopyQueue::Ticket CopyQueue::submit(CopyOrder order, CopyLane lane) {
+CopyQueue::Ticket CopyQueue::submit(CopyOrder order, CopyLane lane, bool reported) {
     check(order);
     Ticket ticket;
     {
         const std::lock_guard lock(mutex_);
-        ticket = push(std::move(order), lane);
+        ticket = push(std::move(order), lane, reported);
+    }
+    work_.notify_one();
+    return ticket;
+}
+
+CopyQueue::Ticket CopyQueue::submit_barrier() {
+    Ticket ticket;
+    {
+        const std::lock_guard lock(mutex_);
+        ticket = push({nullptr, CopyDirection::kSave, 0, 0, nullptr}, CopyLane::kUrgent, true);
     }
     work_.notify_one();
     return ticket;
@@ -66,7 +80,7 @@ CopyQueue::Ticket CopyQueue::submit_layers(const CopyOrder& order, CopyLane lane
         const std::lock_guard lock(mutex_);
         for (std::size_t layer = order.first_layer; layer < order.end_layer; ++layer) {
             const Ticket ticket =
-                push({order.rows, order.direction, layer, layer + 1, order.fences}, lane);
+                push({order.rows, order.direction, layer, layer + 1, order.fences}, lane, false);
             if (first == 0) first = ticket;
         }
     }
@@ -84,11 +98,11 @@ void CopyQueue::check(const CopyOrder& order) const {
     }
 }
 
-CopyQueue::Ticket CopyQueue::push(CopyOrder order, CopyLane lane) {
+CopyQueue::Ticket CopyQueue::push(CopyOrder order, CopyLane lane, bool reported) {
     if (closing_) throw std::runtime_error("the copy queue is closed");
     const auto index = static_cast<std::size_t>(lane);
     const std::size_t first_layer = order.first_layer;
-    lanes_[index].jobs.push_back({std::move(order), first_layer, 0});
+    lanes_[index].jobs.push_back({std::move(order), first_layer, 0, reported});
     return ++lanes_[index].num_submitted * lanes_.size() + index;
 }
 
@@ -99,17 +113,41 @@ bool CopyQueue::done(Ticket ticket) const {
     return true;
 }
 
+CopyQueue::Ticket CopyQueue::done_until(Ticket ticket) const {
+    const std::lock_guard lock(mutex_);
+    if (!error_.empty()) throw std::runtime_error(error_);
+    const std::size_t index = ticket % lanes_.size();
+    return lanes_[index].num_done * lanes_.size() + index;
+}
+
 bool CopyQueue::wait(Ticket ticket, std::chrono::nanoseconds timeout) const {
     std::unique_lock lock(mutex_);
-    bool in_time = settled(ticket);
-    if (!in_time) {
-        Waiter waiter{ticket, {}};
-        waiters_.push_back(&waiter);
-        in_time = waiter.wake.wait_for(lock, timeout, [&] { return settled(ticket); });
-        std::erase(waiters_, &waiter);
-    }
+    Waiter waiter{lanes_[ticket % lanes_.size()].num_done, ticket / lanes_.size(), {}};
+    const bool in_time = wait_for(lock, waiter, timeout);
     if (in_time && !error_.empty()) throw std::runtime_error(error_);
     return in_time;
+}
+
+std::uint64_t CopyQueue::wait_reports(std::uint64_t seen, std::chrono::nanoseconds timeout) const {
+    std::unique_lock lock(mutex_);
+    Waiter waiter{num_reports_, seen + 1, {}};
+    wait_for(lock, waiter, timeout);
+    return num_reports_;
+}
+
+bool CopyQueue::wait_for(std::unique_lock<std::mutex>& lock, Waiter& waiter,
+                         std::chrono::nanoseconds timeout) const {
+    const auto reached = [&] { return waiter.count >= waiter.least; };
+    if (reached()) return true;
+    waiters_.push_back(&waiter);
+    waiter.wake.wait_for(lock, timeout, [&] { return reached() || ended_; });
+    std::erase(waiters_, &waiter);
+    return reached();
+}
+
+std::string CopyQueue::error() const {
+    const std::lock_guard lock(mutex_);
+    return error_;
 }
 
 bool CopyQueue::close(std::chrono::nanoseconds timeout) {
@@ -142,12 +180,14 @@ void CopyQueue::run() {
             if (!error.empty()) fail(std::move(error), lock);
         }
         if (last) {
-            lane->jobs.pop_front();
+            num_reports_ += job.reported;
             ++lane->num_done;
+            lane->jobs.pop_front();
             wake_waiters();
         }
     }
     ended_ = true;
+    wake_waiters();
     end_.notify_all();
 }
 
@@ -161,7 +201,7 @@ void CopyQueue::fail(std::string error, std::unique_lock<std::mutex>& lock) {
 
 void CopyQueue::wake_waiters() {
     for (Waiter* waiter : waiters_) {
-        if (settled(waiter->ticket)) waiter->wake.notify_one();
+        if (waiter->count >= waiter->least || ended_) waiter->wake.notify_one();
     }
 }
 
@@ -174,6 +214,7 @@ CopyQueue::Lane* CopyQueue::next_lane() {
 
 bool CopyQueue::advance(Job& job, CopyLane lane) {
     const CopyOrder& order = job.order;
+    if (order.rows == nullptr) return true;  // a barrier
     if (job.layer == order.first_layer && job.row == 0 && order.fences) order.fences->before();
     const std::size_t num_rows = order.rows->rows().size();
     const std::size_t page_bytes = order.rows->map().layers()[job.layer].page_bytes();

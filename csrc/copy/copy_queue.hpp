@@ -35,8 +35,11 @@ class CopyQueue {
     CopyQueue& operator=(const CopyQueue&) = delete;
 
     // Costs the same for any number of rows and bytes. Throws std::invalid_argument for layers that
-    // the map does not have, std::runtime_error after close().
-    Ticket submit(CopyOrder order, CopyLane lane);
+    // the map does not have, std::runtime_error after close(). With `reported`, which is for one
+    // lane only, its end is counted by wait_reports().
+    Ticket submit(CopyOrder order, CopyLane lane, bool reported = false);
+    // A copy of nothing, whose end is reported in its turn: that of all urgent ones before it.
+    Ticket submit_barrier();
     // Each layer of the order as a copy of its own, in turn: the first one's ticket; the others'
     // follow, kTicketStep apart.
     Ticket submit_layers(const CopyOrder& order, CopyLane lane);
@@ -45,8 +48,17 @@ class CopyQueue {
     // Whether the copy is carried out, or never will be and touches nothing any more; 0 always is.
     // Throws std::runtime_error for one that is done once any copy has failed, with the reason.
     bool done(Ticket ticket) const;
-    // Waits for that; false after `timeout`.
+    // The last ticket that is done in the lane of `ticket`, for who asks about many in turn.
+    Ticket done_until(Ticket ticket) const;
+    // Waits until a copy is done; false after `timeout`.
     bool wait(Ticket ticket, std::chrono::nanoseconds timeout) const;
+
+    // How many reported copies have ended since the start, well or not, in the order of their
+    // submission. Waits until there are more than `seen`; after close() and the last one, or after
+    // `timeout`, there may be none.
+    std::uint64_t wait_reports(std::uint64_t seen, std::chrono::nanoseconds timeout) const;
+    // Why copies failed; empty while none has.
+    std::string error() const;
 
     // Refuses new copies, carries out the others, ends the thread. False if it still copies after
     // `timeout`; may be called again.
@@ -57,6 +69,7 @@ class CopyQueue {
         CopyOrder order;
         std::size_t layer;
         std::size_t row;
+        bool reported;
     };
     struct Lane {
         std::deque<Job> jobs;
@@ -64,14 +77,18 @@ class CopyQueue {
         std::uint64_t num_done = 0;
     };
 
-    // One thread in wait(), woken once: a step has many copies, and most are waited for as one.
+    // One thread that waits until `count` has reached `least`, woken once: a step has many copies,
+    // and most are waited for as one.
     struct Waiter {
-        Ticket ticket;
+        const std::uint64_t& count;
+        std::uint64_t least;
         std::condition_variable wake;
     };
 
     void check(const CopyOrder& order) const;
-    Ticket push(CopyOrder order, CopyLane lane);
+    Ticket push(CopyOrder order, CopyLane lane, bool reported);
+    bool wait_for(std::unique_lock<std::mutex>& lock, Waiter& waiter,
+                  std::chrono::nanoseconds timeout) const;
     void run();
     void fail(std::string error, std::unique_lock<std::mutex>& lock);
     Lane* next_lane();
@@ -86,7 +103,8 @@ class CopyQueue {
     std::condition_variable end_;
     mutable std::vector<Waiter*> waiters_;
     std::array<Lane, kTicketStep> lanes_;  // by CopyLane
-    std::string error_;                    // of the first copy that failed
+    std::uint64_t num_reports_ = 0;
+    std::string error_;  // of the first copy that failed
     bool closing_ = false;
     bool ended_ = false;
     std::thread thread_;

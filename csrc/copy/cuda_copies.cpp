@@ -165,12 +165,37 @@ CudaCopies::CudaCopies(std::shared_ptr<const CudaDriver> driver, int device, Cud
 
 CudaMark CudaCopies::submit(std::shared_ptr<const PageRows> rows, CopyDirection direction,
                             std::size_t first_layer, std::size_t end_layer, CopyLane lane,
-                            const CudaMark& after) {
+                            const CudaMark& after, bool reported) {
     auto reached = std::make_shared<const CudaEventHandle>(lanes_);
     auto fences = std::make_shared<LaneFences>(lanes_, lane, after, reached, last_urgent_);
-    const auto ticket = queue_.submit(
-        {std::move(rows), direction, first_layer, end_layer, std::move(fences)}, lane);
+    CopyOrder order{std::move(rows), direction, first_layer, end_layer, std::move(fences)};
+    if (!reported) return {queue_.submit(std::move(order), lane), std::move(reached)};
+    const std::lock_guard lock(mutex_);
+    const auto ticket = queue_.submit(std::move(order), lane, true);
+    unreported_.push_back(reached);
     return {ticket, std::move(reached)};
+}
+
+void CudaCopies::submit_barrier() {
+    const std::lock_guard lock(mutex_);
+    queue_.submit_barrier();
+    unreported_.push_back(nullptr);
+}
+
+std::uint64_t CudaCopies::wait_reports(std::uint64_t seen, std::chrono::nanoseconds timeout) {
+    const std::uint64_t handed_over = queue_.wait_reports(seen, timeout);
+    const CudaDriver& driver = lanes_->enter();
+    for (; seen < handed_over; ++seen) {
+        std::shared_ptr<const CudaEventHandle> event;
+        {
+            const std::lock_guard lock(mutex_);
+            event = std::move(unreported_.front());
+            unreported_.pop_front();
+        }
+        // After a failure nothing runs any more, and some events were never recorded.
+        if (event && queue_.error().empty()) driver.event_synchronize(event->get());
+    }
+    return handed_over;
 }
 
 CudaMark CudaCopies::now(CudaStream stream) const {

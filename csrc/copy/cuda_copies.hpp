@@ -2,6 +2,7 @@
 #pragma once
 
 #include <chrono>
+#include <deque>
 #include <memory>
 #include <mutex>
 
@@ -62,7 +63,11 @@ class CudaCopies {
     // Copies behind everything launched on `after` so far.
     CudaMark submit(std::shared_ptr<const PageRows> rows, CopyDirection direction,
                     std::size_t first_layer, std::size_t end_layer, CopyLane lane,
-                    const CudaMark& after);
+                    const CudaMark& after, bool reported = false);
+    // As the queue's; an end is one on the GPU. One thread waits for reports.
+    void submit_barrier();
+    std::uint64_t wait_reports(std::uint64_t seen, std::chrono::nanoseconds timeout);
+    std::string error() const { return queue_.error(); }
     // A mark behind everything launched on `stream` so far.
     CudaMark now(CudaStream stream) const;
     // What is launched on `stream` from now on comes behind `mark`. Blocks until the copy has been
@@ -75,6 +80,8 @@ class CudaCopies {
   private:
     std::shared_ptr<const CudaLanes> lanes_;
     std::shared_ptr<std::shared_ptr<const CudaEventHandle>> last_urgent_;  // the queue's thread's
+    std::mutex mutex_;
+    std::deque<std::shared_ptr<const CudaEventHandle>> unreported_;  // null for a barrier
     CopyQueue queue_;
 };
 

@@ -17,7 +17,9 @@ struct NodeState {
     std::int64_t read_queue_tokens = 0;  // planned to be read here and not staged yet (read_q)
     std::int64_t push_queue_tokens = 0;  // to cross its compute NICs for staging, in or out
     double read_rate = 0;  // as measured (ReadRate); 0: unknown, the view's nominal one counts
-    double push_rate = 0;  // what its compute NICs and memory spare for staging; 0: no limit
+    // What its compute NICs and memory spare for staging; 0: no limit. Only beside known read
+    // rates.
+    double push_rate = 0;
 };
 
 // One engine. Token counts take a request's whole prompt, cached or not, as the paper's tok_e does.

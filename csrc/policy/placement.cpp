@@ -1,8 +1,8 @@
 #include "policy/placement.hpp"
 
 #include <algorithm>
-#include <optional>
 #include <tuple>
+#include <utility>
 
 namespace dualpath::policy {
 namespace {
@@ -28,19 +28,27 @@ std::uint32_t cached_blocks(const Request& request, std::uint32_t engine) {
     return 0;
 }
 
-// The index of the least key among engines for which `key_of` gives one. A key compares like a
-// tuple; among equal ones the first stays.
-template <typename KeyOf>
-std::uint32_t least(const ClusterView& view, const KeyOf& key_of) {
+// The index of the least key among engines that are `able`; among equal keys the first stays.
+template <typename Able, typename KeyOf>
+std::uint32_t least(const ClusterView& view, const Able& able, const KeyOf& key_of) {
     std::uint32_t best = kNone;
-    decltype(key_of(std::uint32_t{})) best_key;
-    for (std::uint32_t e = 0; e < view.engines.size(); ++e) {
-        auto key = key_of(e);
-        if (!key || (best_key && !(*key < *best_key))) continue;
+    decltype(key_of(std::uint32_t{})) best_key{};
+    const auto num_engines = static_cast<std::uint32_t>(view.engines.size());
+    for (std::uint32_t e = 0; e < num_engines; ++e) {
+        if (!able(view.engines[e])) continue;
+        const auto key = key_of(e);
+        if (best != kNone && !(key < best_key)) continue;
         best = e;
-        best_key = std::move(key);
+        best_key = key;
     }
     return best;
+}
+
+// Among engines that are nearly alike: most cached blocks first, then whose node reads soonest.
+auto near_key(const ClusterView& view, const Request& request, std::uint32_t e) {
+    const EngineState& engine = view.engines[e];
+    return std::tuple(-static_cast<std::int64_t>(cached_blocks(request, e)),
+                      view.read_queue_s(engine.node), engine.num_requests, engine.num_tokens);
 }
 
 std::uint32_t by_turn(const ClusterView& view, const Request& request, Role role) {
@@ -55,11 +63,12 @@ std::uint32_t by_turn(const ClusterView& view, const Request& request, Role role
 }
 
 std::uint32_t fewest_tokens(const ClusterView& view, const Request& request, Role role) {
-    return least(view, [&](std::uint32_t e) {
-        const EngineState& engine = view.engines[e];
-        const bool able = could_take(engine, role, request) && has_room(engine, request);
-        return able ? std::optional(engine.num_tokens) : std::nullopt;
-    });
+    return least(
+        view,
+        [&](const EngineState& engine) {
+            return could_take(engine, role, request) && has_room(engine, request);
+        },
+        [&](std::uint32_t e) { return view.engines[e].num_tokens; });
 }
 
 bool any_could_take(const ClusterView& view, const Request& request, Role role) {
@@ -97,69 +106,62 @@ Pair Placer::choose(const ClusterView& view, const Request& request) {
 
 bool Placer::has_short_queue(const ClusterView& view, std::uint32_t node) const {
     if (view.nominal_read_rate <= 0) return true;
-    if (is_balanced()) return view.read_queue_s(node) <= parameters_.alpha_s;
-    const auto queue = static_cast<double>(view.nodes[node].read_queue_tokens);
-    return queue <= parameters_.alpha_s * view.nominal_read_rate;
+    // A slow NIC counts as such only where balance is sought: the paper's alpha is one for all.
+    const double rate = is_balanced() ? view.read_rate(node) : view.nominal_read_rate;
+    return static_cast<double>(view.nodes[node].read_queue_tokens) <= parameters_.alpha_s * rate;
 }
 
 std::uint32_t Placer::choose_prefill(const ClusterView& view, const Request& request) const {
-    using Key = std::tuple<bool, std::int64_t>;
-    const auto key_of = [&](std::uint32_t e) -> std::optional<Key> {
+    const std::int64_t beta = request.ignore_load ? kNoLimit : parameters_.beta_tokens;
+    const auto able = [&](const EngineState& engine) {
+        return could_take(engine, Role::kPrefill, request) && engine.num_tokens <= beta &&
+               has_room(engine, request);
+    };
+    using Key = std::pair<bool, std::int64_t>;
+    const auto key_of = [&](std::uint32_t e) {
         const EngineState& engine = view.engines[e];
-        if (!could_take(engine, Role::kPrefill, request) || !has_room(engine, request) ||
-            (engine.num_tokens > parameters_.beta_tokens && !request.ignore_load)) {
-            return std::nullopt;
-        }
         return Key{!has_short_queue(view, engine.node), engine.num_tokens};
     };
-    const std::uint32_t best = least(view, key_of);
+    const std::uint32_t best = least(view, able, key_of);
     if (best == kNone || !is_balanced()) return best;
-    const auto [long_queue, fewest] = *key_of(best);
-    const double most =
-        static_cast<double>(fewest) +
+    const auto [is_long, fewest] = key_of(best);
+    const double slack =
         parameters_.near_tie * static_cast<double>(std::max(fewest, request.num_tokens));
-    // Most cached blocks first, then who reads soonest.
-    using NearKey = std::tuple<std::int64_t, double, std::int64_t>;
-    return least(view, [&, longest = long_queue](std::uint32_t e) -> std::optional<NearKey> {
-        const auto key = key_of(e);
-        if (!key || std::get<0>(*key) != longest) return std::nullopt;
-        const EngineState& engine = view.engines[e];
-        if (static_cast<double>(engine.num_tokens) > most) return std::nullopt;
-        return NearKey{-static_cast<std::int64_t>(cached_blocks(request, e)),
-                       view.read_queue_s(engine.node), engine.num_tokens};
-    });
+    const auto is_near = [&, most = fewest + static_cast<std::int64_t>(slack),
+                          only_long = is_long](const EngineState& engine) {
+        return engine.num_tokens <= most && able(engine) &&
+               (only_long || has_short_queue(view, engine.node));
+    };
+    return least(view, is_near, [&](std::uint32_t e) { return near_key(view, request, e); });
 }
 
 std::uint32_t Placer::choose_decode(const ClusterView& view, const Request& request) {
     sum_groups(view, request);
     const std::uint32_t group = lightest_group();
     if (group == kNone) return kNone;
-    const double most_tokens = level(groups_[group], request);
-    // Under the level by requests, over it by tokens, and never over it while one is under.
-    using Key = std::tuple<bool, std::int64_t>;
-    const auto key_of = [&](std::uint32_t e) -> std::optional<Key> {
-        const EngineState& engine = view.engines[e];
-        if (engine.group != group || !could_take(engine, Role::kDecode, request) ||
-            !has_room(engine, request)) {
-            return std::nullopt;
-        }
-        const bool over =
-            static_cast<double>(engine.num_tokens) + static_cast<double>(request.num_tokens) >
-            most_tokens;
-        return Key{over, over ? engine.num_tokens : engine.num_requests};
+    const auto able = [&](const EngineState& engine) {
+        return engine.group == group && could_take(engine, Role::kDecode, request) &&
+               has_room(engine, request);
     };
-    const std::uint32_t best = least(view, key_of);
+    const double level_tokens = level(groups_[group], request);
+    // Under the level by requests, over it by tokens, and never over it while one is under.
+    using Key = std::pair<bool, std::int64_t>;
+    const auto key_of = [&](const EngineState& engine) {
+        const bool is_over =
+            static_cast<double>(engine.num_tokens + request.num_tokens) > level_tokens;
+        return Key{is_over, is_over ? engine.num_tokens : engine.num_requests};
+    };
+    const std::uint32_t best =
+        least(view, able, [&](std::uint32_t e) { return key_of(view.engines[e]); });
     if (best == kNone || !is_balanced()) return best;
-    const auto [is_over, fewest] = *key_of(best);
-    const double most = static_cast<double>(fewest) * (1 + parameters_.near_tie);
-    using NearKey = std::tuple<double, std::int64_t, std::int64_t>;
-    return least(view, [&, over = is_over](std::uint32_t e) -> std::optional<NearKey> {
-        const auto key = key_of(e);
-        if (!key || std::get<0>(*key) != over) return std::nullopt;
-        if (static_cast<double>(std::get<1>(*key)) > most) return std::nullopt;
-        const EngineState& engine = view.engines[e];
-        return NearKey{view.read_queue_s(engine.node), std::get<1>(*key), engine.num_tokens};
-    });
+    const Key least_key = key_of(view.engines[best]);
+    const double most = static_cast<double>(least_key.second) * (1 + parameters_.near_tie);
+    const auto is_near = [&](const EngineState& engine) {
+        if (!able(engine)) return false;
+        const Key key = key_of(engine);
+        return key.first == least_key.first && static_cast<double>(key.second) <= most;
+    };
+    return least(view, is_near, [&](std::uint32_t e) { return near_key(view, request, e); });
 }
 
 void Placer::sum_groups(const ClusterView& view, const Request& request) {

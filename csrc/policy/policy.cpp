@@ -30,7 +30,9 @@ Decision Policy::decide(const ClusterView& view, const Request& request) {
         decision.num_cached_blocks = cached_blocks(request, pair.prefill);
     }
     const std::uint32_t first = decision.num_cached_blocks;
-    if (parameters_.recompute && view.prefill.known() && first < request.num_hit_blocks) {
+    // Seconds of reading and of computing are compared: both have to be known.
+    const bool comparable = view.prefill.known() && view.nominal_read_rate > 0;
+    if (parameters_.recompute && comparable && first < request.num_hit_blocks) {
         plan_load_or_recompute(planner_, parameters_, view, request, first, decision);
     } else {
         planner_.plan(view, request, {first, request.num_hit_blocks}, decision);

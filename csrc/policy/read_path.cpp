@@ -51,6 +51,7 @@ std::uint32_t even_share(const Side& first, const Side& second, std::uint32_t nu
     const double whole = std::clamp(std::floor(exact), 0.0, static_cast<double>(num_blocks));
     const auto below = static_cast<std::uint32_t>(whole);
     const std::uint32_t least_first = std::min(least_blocks, num_blocks);
+    // Larger shares stand before smaller ones near the exact one: they win ties.
     const std::array candidates{num_blocks,  std::min(below + 1, num_blocks), below,
                                 least_first, num_blocks - least_first,        0U};
     std::uint32_t best = num_blocks;
@@ -59,7 +60,7 @@ std::uint32_t even_share(const Side& first, const Side& second, std::uint32_t nu
         const std::uint32_t rest = num_blocks - share;
         if ((share > 0 && share < least_first) || (rest > 0 && rest < least_first)) continue;
         const double end_s = std::max(first.end_s(share), second.end_s(rest));
-        if (end_s < best_s || (end_s == best_s && share > best)) {
+        if (end_s < best_s) {
             best = share;
             best_s = end_s;
         }

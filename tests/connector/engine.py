@@ -39,7 +39,9 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from tests.connector.mover import ScriptedMover
+from vllm_dualpath.connector.copies import HostCopies
 from vllm_dualpath.connector.facade import DualPathConnector
+from vllm_dualpath.connector.reports import Reports
 from vllm_dualpath.connector.setup import EngineSetup
 from vllm_dualpath.messages import TransferKey
 
@@ -478,3 +480,13 @@ class Engine:
 def key_of(params: dict[str, Any]) -> TransferKey:
     leg = params["dualpath"]
     return TransferKey(bytes.fromhex(leg["transfer"]), leg["attempt"])
+
+
+def use_copies(engine: Engine, copies: HostCopies) -> None:
+    """Let an engine that has not copied anything yet copy with ``copies`` from now on."""
+    side = engine.worker._worker.side
+    side._reports.close()
+    side._engine.close()
+    side._engine = side._loads._engine = copies
+    side._mover._engine = side._mover._staging._engine = copies
+    side._reports = side._batches._reports = Reports(copies)

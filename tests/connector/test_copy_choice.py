@@ -18,8 +18,8 @@ CPU = torch.device("cpu")
 class Forgetful(HostCopies):
     """Never copies the second layer."""
 
-    def submit_background(self, rows, _layers, after, *, load):
-        return super().submit_background(rows, range(1), after, load=load)
+    def submit_background(self, rows, _first_layer, _end_layer, after, *, load):
+        return super().submit_background(rows, 0, 1, after, load=load)
 
 
 class Lazy(HostCopies):

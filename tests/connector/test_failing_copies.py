@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.connector.engine import Engine, key_of
+from tests.connector.engine import Engine, key_of, use_copies
 from vllm_dualpath.connector.copies import HostCopies
 from vllm_dualpath.errors import SyncLoadFailed
 from vllm_dualpath.messages import ReturnPersistSlots
@@ -34,9 +34,9 @@ class FailingCopies(HostCopies):
         self._fail_at("now")
         return super().now()
 
-    def submit(self, rows, layers, *, load):
+    def submit(self, *arguments, **options):
         self._fail_at("submit")
-        return super().submit(rows, layers, load=load)
+        return super().submit(*arguments, **options)
 
     def submit_layers(self, rows, *, load):
         self._fail_at("submit_layers")
@@ -44,9 +44,9 @@ class FailingCopies(HostCopies):
             return [1] * rows.num_layers
         return super().submit_layers(rows, load=load)
 
-    def submit_background(self, rows, layers, after, *, load):
+    def submit_background(self, *arguments, **options):
         self._fail_at("submit_background")
-        return super().submit_background(rows, layers, after, load=load)
+        return super().submit_background(*arguments, **options)
 
     def hold_forward(self, mark):
         if mark is not None:
@@ -58,6 +58,12 @@ class FailingCopies(HostCopies):
             self._fail_at("wait")
         super().wait(mark)
 
+    def wait_reports(self, seen):
+        count, error = super().wait_reports(seen)
+        failed = self._where == "wait_reports" and count > seen
+        self.num_failed += failed
+        return count, "the device refuses" if failed else error
+
 
 @pytest.fixture
 def failing(engine):
@@ -65,11 +71,8 @@ def failing(engine):
 
     def make(role: str, where: str, **options: object) -> tuple[Engine, FailingCopies]:
         e = engine(role, **options)
-        side = e.worker._worker.side
-        side._engine.close()
         copies = FailingCopies(where)
-        side._engine = side._batches._engine = side._loads._engine = copies
-        side._mover._engine = side._mover._staging._engine = copies
+        use_copies(e, copies)
         return e, copies
 
     return make
@@ -119,7 +122,7 @@ def test_failed_asynchronous_load_is_recomputed(failing, where):
     check_unused(e)
 
 
-@pytest.mark.parametrize("where", ["rows", "submit", "wait"])
+@pytest.mark.parametrize("where", ["rows", "submit", "wait_reports"])
 def test_failed_save_ends_with_its_request(failing, where):
     """The prefill leg answers; nobody is told of pages that were not copied."""
     e, copies = failing("prefill", where)
@@ -133,7 +136,7 @@ def test_failed_save_ends_with_its_request(failing, where):
     check_unused(e)
 
 
-@pytest.mark.parametrize("where", ["rows", "submit", "wait"])
+@pytest.mark.parametrize("where", ["rows", "submit", "wait_reports"])
 def test_slots_of_blocks_that_were_not_stored_go_back(failing, where):
     """The mover gets back every persist slot that no block was copied to."""
     e, copies = failing("decode", where)

@@ -88,7 +88,7 @@ def test_saved_pages_lie_in_slots_as_in_the_cache(rig, case):
     before = r.caches.raw.clone()
     rows = r.engine.rows(r.mapping, [copy(SAVED)])
     for layer in r.layers:
-        mark = r.engine.submit(rows, range(layer, layer + 1), load=False)
+        mark = r.engine.submit(rows, layer, layer + 1, load=False)
     r.engine.wait(mark)
     got = np.frombuffer(r.memory, np.int8).copy()
     r.memory[:] = bytes(len(r.memory))
@@ -111,7 +111,7 @@ def test_loaded_pages_are_those_of_the_slots(rig, case):
             r.staged(layer, idx)[:] = page.cpu().numpy()
     before = r.caches.raw.clone()
     rows = r.engine.rows(r.mapping, [copy(LOADED)])
-    r.engine.wait(r.engine.submit_background(rows, r.layers, r.engine.now(), load=True))
+    r.engine.wait(r.engine.submit_background(rows, 0, len(r.layers), r.engine.now(), load=True))
     got = r.caches.raw.clone()
     r.caches.raw.copy_(before)
     for layer in r.layers:
@@ -132,12 +132,30 @@ def test_order_of_copies(rig, case):
         want = [[r.caches.page(layer, block) for block in first] for layer in r.layers]
         out = r.engine.rows(r.mapping, [copy(first)])
         into = r.engine.rows(r.mapping, [copy(second)])
-        r.engine.submit(out, r.layers, load=False)
-        mark = r.engine.submit(into, r.layers, load=True)
+        r.engine.submit(out, 0, len(r.layers), load=False)
+        mark = r.engine.submit(into, 0, len(r.layers), load=True)
         assert r.engine.hold_forward(mark) >= 0
         for layer in r.layers:
             for block, page in zip(second, want[layer], strict=True):
                 assert torch.equal(r.caches.page(layer, block), page)
+
+
+@pytest.mark.parametrize("case", cases()[:1], ids=str)
+def test_reports_come_when_the_copy_is_there(rig, case):
+    """Of each reported copy, and of a barrier, an end is told once what it copied can be read."""
+    r = rig(case)
+    rows = r.engine.rows(r.mapping, [copy(SAVED)])
+    seen = 0
+    for layer in r.layers:
+        r.engine.submit(rows, layer, layer + 1, load=False)
+        r.engine.submit(rows, layer, layer + 1, load=False, reported=True)
+        while seen <= layer:
+            seen, error = r.engine.wait_reports(seen)
+        assert (seen, error) == (layer + 1, "")
+        for idx, block in enumerate(SAVED):
+            assert (r.staged(layer, idx) == r.caches.page(layer, block).cpu().numpy()).all()
+    r.engine.submit_barrier()
+    assert r.engine.wait_reports(seen) == (seen + 1, "")
 
 
 @pytest.mark.parametrize("case", cases()[:1], ids=str)

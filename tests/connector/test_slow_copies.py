@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import pytest
 
-from tests.connector.engine import NUM_LAYERS, Engine, key_of
+from tests.connector.engine import NUM_LAYERS, Engine, key_of, use_copies
 from vllm_dualpath.connector.copies import HostCopies
 from vllm_dualpath.messages import Saved
 
@@ -21,35 +22,40 @@ class SlowCopies(HostCopies):
         super().__init__()
         self._delay_s = delay_s
         self._lock = threading.Lock()
-        self._held: list[tuple[object, range, bool]] = []
+        self._held: list[partial[object]] = []
         self._tickets: list[object] = []
+        self._timers: list[threading.Timer] = []
 
-    def submit(self, rows, layers, *, load):
-        with self._lock:
-            self._held.append((rows, layers, load))
-            return len(self._tickets) + len(self._held)
+    def submit(self, *arguments, **options):
+        return self._hold(partial(super().submit, *arguments, **options))
+
+    def submit_barrier(self):
+        self._hold(super().submit_barrier)
 
     def submit_layers(self, rows, *, load):
-        layers = range(rows.num_layers)
-        return [self.submit(rows, range(each, each + 1), load=load) for each in layers]
+        return [self.submit(rows, each, each + 1, load=load) for each in range(rows.num_layers)]
 
     def hold_forward(self, mark):
         return 0.0 if mark is None else super().hold_forward(self._release(mark))
 
-    def wait(self, mark):
-        if mark is None:
-            return
-        if threading.current_thread().name == "dualpath-copies":
-            threading.Event().wait(self._delay_s)
-            mark = self._release(mark)
-        super().wait(mark)
+    def close(self):
+        for timer in self._timers:
+            timer.join()
+        super().close()
 
-    def _release(self, mark):
+    def _hold(self, submit):
         with self._lock:
-            while len(self._tickets) < mark:
-                rows, layers, load = self._held.pop(0)
-                self._tickets.append(super().submit(rows, layers, load=load))
-            return self._tickets[mark - 1]
+            self._held.append(submit)
+            number = len(self._tickets) + len(self._held)
+        self._timers.append(threading.Timer(self._delay_s, self._release, (number,)))
+        self._timers[-1].start()
+        return number
+
+    def _release(self, number):
+        with self._lock:
+            while len(self._tickets) < number:
+                self._tickets.append(self._held.pop(0)())
+            return self._tickets[number - 1]
 
 
 @pytest.fixture
@@ -58,10 +64,7 @@ def slow(engine):
 
     def make(role: str, delay_s: float, **options: object) -> Engine:
         e = engine(role, **options)
-        side = e.worker._worker.side
-        side._engine.close()
-        copies = SlowCopies(delay_s)
-        side._engine = side._batches._engine = copies
+        use_copies(e, SlowCopies(delay_s))
         return e
 
     return make

@@ -212,6 +212,8 @@ TEST(copy_urgent_overtakes_background) {
     CHECK(queue.wait(fast, seconds(30)) && !queue.done(slow));
     log.allowed.release(3);
     CHECK(queue.wait(later, seconds(30)) && queue.done(slow));
+    CHECK(queue.done_until(slow) == later && queue.done_until(fast) == fast);
+    CHECK(slow % 2 == 1 && later % 2 == 1 && fast % 2 == 0);
     CHECK(log.layers == std::vector<std::size_t>{100, 200, 101, 102, 302});
 }
 
@@ -286,4 +288,43 @@ TEST(copy_many_threads_submit_and_wait) {
     for (std::thread& thread : threads) thread.join();
     CHECK(num_wrong == 0);
     CHECK(queue.close(seconds(60)));
+}
+
+TEST(copy_reports_come_in_order_and_end_with_the_queue) {
+    Memories m(1, 64);
+    GatedDevice::Log log;
+    CopyQueue queue(std::make_unique<GatedDevice>(log));
+    const auto rows = m.rows({{0, 0, 0}});
+    queue.submit(order(rows, CopyDirection::kSave, 0, 1), CopyLane::kUrgent);
+    queue.submit(order(rows, CopyDirection::kSave, 0, 1), CopyLane::kUrgent, true);
+    queue.submit_barrier();
+    CHECK(queue.wait_reports(0, std::chrono::milliseconds(1)) == 0);
+    std::atomic<std::uint64_t> seen{0};
+    std::thread reader([&] {
+        while (seen < 2) seen = queue.wait_reports(seen, seconds(30));
+        queue.wait_reports(2, seconds(30));  // until the queue ends
+        seen = 3;
+    });
+    log.allowed.release();
+    CHECK(queue.wait_reports(0, std::chrono::milliseconds(1)) == 0);  // that one is not reported
+    log.allowed.release();
+    while (seen < 2) std::this_thread::yield();
+    CHECK(queue.close(seconds(30)));
+    reader.join();
+    CHECK(seen == 3 && queue.error().empty());
+}
+
+TEST(copy_reports_also_come_after_a_failure) {
+    Memories m(1, 64);
+    FailingDevice::Log log;
+    log.allowed.release();
+    CopyQueue queue(std::make_unique<FailingDevice>(log));
+    const auto rows = m.rows({{0, 0, 0}});
+    queue.submit(order(rows, CopyDirection::kSave), CopyLane::kUrgent, true);
+    queue.submit(order(rows, CopyDirection::kSave), CopyLane::kUrgent, true);
+    queue.submit_barrier();
+    std::uint64_t seen = 0;
+    while (seen < 3) seen = queue.wait_reports(seen, seconds(30));
+    CHECK(seen == 3 && queue.error() == "the device is gone");
+    CHECK(queue.close(seconds(30)));
 }

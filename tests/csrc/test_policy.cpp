@@ -259,6 +259,46 @@ TEST(policy_recompute_drops_a_tail_only_where_that_ends_sooner) {
     CHECK(Policy(parameters).decide(view, request).num_recompute_blocks == 0);
 }
 
+TEST(policy_charge_puts_a_requests_whole_weight_on_the_view) {
+    ClusterView view;
+    view.nodes.resize(3);
+    view.engines.resize(3);
+    view.engines[1].role = Role::kDecode;
+    view.engines[1].free_kv_tokens = 1000;
+    view.engines[0].free_staging_tokens = 1000;
+    for (std::uint32_t e = 0; e < 3; ++e) view.engines[e].node = e;
+    Request request;
+    request.num_tokens = 700;
+    request.reserve_tokens = 800;
+    request.num_hit_blocks = 10;
+    request.block_tokens = 64;
+    Decision decision;
+    decision.verdict = Verdict::kPlaced;
+    decision.prefill = 0;
+    decision.decode = 1;
+    decision.num_cached_blocks = 1;
+    decision.num_recompute_blocks = 2;
+    decision.num_segments = 3;
+    decision.segment_array = {{{0, 0, 1, 4}, {1, 1, 4, 6}, {2, 2, 6, 8}}};
+    charge(view, request, decision);
+    CHECK(view.engines[0].num_requests == 1 && view.engines[1].num_requests == 1);
+    CHECK(view.engines[0].num_tokens == 700 && view.engines[1].num_tokens == 700);
+    CHECK(view.engines[0].num_compute_tokens == 700 - 8 * 64);
+    CHECK(view.engines[1].num_compute_tokens == 0);
+    CHECK(view.engines[1].free_kv_tokens == 200 && view.engines[0].free_kv_tokens == kNoLimit);
+    CHECK(view.engines[0].free_staging_tokens == 300);
+    CHECK(view.engines[1].free_staging_tokens == kNoLimit);
+    CHECK(view.nodes[0].read_queue_tokens == 3 * 64);
+    CHECK(view.nodes[1].read_queue_tokens == 2 * 64);
+    CHECK(view.nodes[2].read_queue_tokens == 2 * 64);
+    // Out: 3 read and 1 cached. In: 2 from the decode side, 2 from the donor.
+    CHECK(view.nodes[0].push_queue_tokens == 8 * 64);
+    // Out: 2. In: 3, 1 and 2.
+    CHECK(view.nodes[1].push_queue_tokens == 8 * 64);
+    CHECK(view.nodes[2].push_queue_tokens == 4 * 64);
+    CHECK(view.engines[2].num_requests == 0);
+}
+
 TEST(policy_refuses_what_makes_no_sense) {
     ClusterView view;
     view.engines.resize(1);

@@ -131,7 +131,7 @@ async def test_a_lost_group_sends_its_line_to_a_decode_engine_alone() -> None:
 
 
 async def test_a_full_kv_cache_makes_the_next_one_wait() -> None:
-    """The decode engine has room for one prompt while another one is decoded."""
+    """The decode engine has room for one prompt more than fits, and not for two."""
     release = asyncio.Event()
 
     async def decode(request: Any, answer_to: dict[str, Any]) -> Any:
@@ -140,7 +140,7 @@ async def test_a_full_kv_cache_makes_the_next_one_wait() -> None:
 
     async with Harness() as harness:
         await harness.add("p", "prefill")
-        await harness.add("d", "decode", behaviour=decode, kv_tokens=2 * len(IDS) - 1)
+        await harness.add("d", "decode", behaviour=decode, kv_tokens=5, max_model_len=30)
         first = await post_later(harness)
         await harness.until(lambda: bool(harness.bodies("d:leg")))
         second = await post_later(harness)
@@ -167,6 +167,23 @@ async def test_split_gives_the_slower_nic_less_as_measured() -> None:
         await harness.post(body(prompt=prompt))
         segments = harness.d.of(Stage)[0].segments
         assert [(part.reader, part.last_block) for part in segments] == [("p", 3), ("d", 4)]
+        await harness.idle()
+
+
+async def test_a_hit_that_is_computed_sooner_than_read_is_not_read() -> None:
+    """With ``recompute``, the rate of computing and measured rates of reading."""
+    async with pair(
+        stored_blocks(IDS, 3), recompute=True, prefill_tokens_per_s=1e9, heartbeat_s=30
+    ) as harness:
+        await harness.post(body())
+        assert harness.d.of(Stage)[0].num_hit_blocks == 3  # nothing is known of reading yet
+        engine = harness.router.cluster.by_id("p")
+        assert engine is not None
+        engine.heartbeat(MoverStats(), 1.0)
+        slow = MoverStats(storage_read_bytes=5000 * 64, storage_read_busy_s=1.0)
+        engine.heartbeat(slow, 2.0)
+        await harness.post(body())
+        assert harness.d.of(Stage)[1].num_hit_blocks == 0
         await harness.idle()
 
 

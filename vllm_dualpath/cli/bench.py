@@ -1,4 +1,4 @@
-"""``vllm-dualpath bench``: measure a server, or this machine's data mover."""
+"""``vllm-dualpath bench``: measure a server, this machine's data mover, or the policy."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from vllm_dualpath.bench.hooks.timing import time_hooks
 from vllm_dualpath.bench.mover.plan import full_plan, short_plan
 from vllm_dualpath.bench.mover.record import make_record
 from vllm_dualpath.bench.mover.report import measure_with_progress, result_table
+from vllm_dualpath.bench.policy import policy_table, time_policies
+from vllm_dualpath.bench.policy import to_json as to_policy_json
 from vllm_dualpath.bench.replay import ReplayPlan, ReplayResult, TokenRange
 from vllm_dualpath.bench.report import latency_table, replay_with_progress
 
@@ -111,6 +113,24 @@ def hooks(
     console.print(hook_table(timings))
     if overhead is not None:
         console.print(idle_line(overhead))
+
+
+@app.command()
+def policy(
+    short: Annotated[bool, typer.Option("--short", help="Half a second for each row.")] = False,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write all measurements here.")
+    ] = None,
+) -> None:
+    """Measure what one decision of each mode costs, on small and large clusters.
+
+    Exit code 1 if a median or a rate misses its limit.
+    """
+    timings = time_policies(0.5 if short else 3.0)
+    if json_path is not None:
+        json_path.write_text(json.dumps(to_policy_json(timings), indent=1) + "\n", encoding="utf-8")
+    Console().print(policy_table(timings))
+    raise typer.Exit(0 if all(timing.within_limits for timing in timings) else 1)
 
 
 def _report_failures(result: ReplayResult) -> int:

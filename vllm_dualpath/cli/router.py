@@ -21,6 +21,16 @@ def router(
     control: Annotated[str, typer.Option(help=_help("control"))] = "tcp://127.0.0.1:9100",
     mode: Annotated[str, typer.Option(help=_help("mode"))] = "dual",
     split_fraction: Annotated[float | None, typer.Option(help=_help("split_fraction"))] = None,
+    min_segment_blocks: Annotated[
+        int | None, typer.Option(help=_help("min_segment_blocks"))
+    ] = None,
+    alpha_s: Annotated[float | None, typer.Option(help=_help("alpha_s"))] = None,
+    beta_s: Annotated[float | None, typer.Option(help=_help("beta_s"))] = None,
+    prefill_tokens_per_s: Annotated[
+        float | None, typer.Option(help=_help("prefill_tokens_per_s"))
+    ] = None,
+    recompute: Annotated[bool, typer.Option("--recompute", help=_help("recompute"))] = False,
+    queue_wait_s: Annotated[float | None, typer.Option(help=_help("queue_wait_s"))] = None,
     keys: Annotated[Path | None, typer.Option(help=_help("keys"))] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help=_help("insecure"))] = False,
     max_body_bytes: Annotated[int | None, typer.Option(help=_help("max_body_bytes"))] = None,
@@ -37,6 +47,12 @@ def router(
         "control": control,
         "mode": mode,
         "split_fraction": split_fraction,
+        "min_segment_blocks": min_segment_blocks,
+        "alpha_s": alpha_s,
+        "beta_s": beta_s,
+        "prefill_tokens_per_s": prefill_tokens_per_s,
+        "recompute": recompute,
+        "queue_wait_s": queue_wait_s,
         "keys": keys,
         "insecure": insecure,
         "max_body_bytes": max_body_bytes,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from vllm.logger import init_logger
 
-from vllm_dualpath.connector.copies import CopyEngine, CopyThread, Mark, Rows
+from vllm_dualpath.connector.copies import Mark, Rows
 from vllm_dualpath.connector.metadata import PageCopy
+from vllm_dualpath.connector.reports import Report, Reports
 from vllm_dualpath.connector.staging import Staging
 from vllm_dualpath.connector.worker_mover import WorkerMover
 
@@ -22,17 +24,39 @@ class Batch:
     staging: Staging
     copies: Sequence[PageCopy]
     rows: Rows
-    last_mark: Mark = None
-    """Of the last copy submitted."""
+
+
+Saved = Callable[[Sequence[PageCopy], int], object]
+"""Called with the copies of a batch and a layer in which they were carried out."""
+
+
+class LayerSaves:
+    """Copies one batch out of the caches, as the forward pass fills them."""
+
+    def __init__(self, batch: Batch, reports: Reports, saved: Saved) -> None:
+        self.batch = batch
+        self._reports = reports
+        self._saved = saved
+        self._layers: deque[int] = deque()
+        """Under way, in order."""
+
+    def start(self, layer: int) -> Mark:
+        """Copy one layer. In every layer of a forward pass: as little as can be."""
+        self._layers.append(layer)
+        return self._reports.submit(self.batch.rows, layer, layer + 1, self._report, load=False)
+
+    def _report(self, done: bool) -> None:
+        layer = self._layers.popleft()
+        if done:
+            self._saved(self.batch.copies, layer)
 
 
 class Batches:
-    """Makes batches in hooks, and goes on after their copies on the copy thread."""
+    """Makes batches in hooks."""
 
-    def __init__(self, mover: WorkerMover, engine: CopyEngine, thread: CopyThread) -> None:
+    def __init__(self, mover: WorkerMover, reports: Reports) -> None:
         self._mover = mover
-        self._engine = engine
-        self._thread = thread
+        self._reports = reports
 
     def each(
         self, copies: Sequence[PageCopy], drop: Callable[[Sequence[PageCopy]], None]
@@ -58,24 +82,14 @@ class Batches:
                 continue
             yield Batch(staging, group, rows)
 
+    def save(self, batch: Batch, num_layers: int, report: Report) -> Mark:
+        """Copy all layers of a batch out of the caches, then report."""
+        return self._reports.submit(batch.rows, 0, num_layers, report, load=False)
+
+    def layer_saves(self, batch: Batch, saved: Saved) -> LayerSaves:
+        """Saves of a batch, layer by layer."""
+        return LayerSaves(batch, self._reports, saved)
+
     def release(self, batch: Batch) -> None:
         """Let go of a batch's staging memory once its copies have ended, well or not."""
-        self.after(batch.last_mark, batch.staging.release, batch.staging.release)
-
-    def after(
-        self, mark: Mark, then: Callable[[], object], failed: Callable[[], object] | None = None
-    ) -> None:
-        """Call ``then`` once ``mark`` is reached, or ``failed`` if its copy failed, after all
-        earlier calls of this kind.
-        """
-
-        def wait_then() -> None:
-            try:
-                self._engine.wait(mark)
-            except Exception:
-                if failed is not None:
-                    failed()
-                raise
-            then()
-
-        self._thread.put(wait_then)
+        self._reports.after_all(lambda _done: batch.staging.release())

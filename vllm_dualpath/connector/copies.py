@@ -3,24 +3,23 @@
 A copy is asynchronous: submitting one costs the same whatever it moves, and returns a *mark*, a
 point in the order of copies. Who reads what a copy writes, or changes what it reads, waits for its
 mark first. This module has the contract, the engine for caches in host memory, and the thread on
-which Python goes on when a mark is reached.
+which background loads go on when their mark is reached.
 """
 
 from __future__ import annotations
 
 import mmap
-import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
 from vllm.logger import init_logger
 
 from vllm_dualpath.blocks import Geometry
+from vllm_dualpath.connector.affinity import leave_compute_cores
 from vllm_dualpath.connector.metadata import PageCopy
 from vllm_dualpath.connector.paging import PagedCaches
 from vllm_dualpath.errors import ConfigError, TransferTimeout
@@ -59,13 +58,27 @@ class CopyEngine(Protocol):
     def rows(self, mapping: Mapping, copies: Sequence[PageCopy]) -> Rows:
         """The pages of ``copies``, for all layers. Raises ``ValueError`` for impossible ones."""
 
-    def submit(self, rows: Rows, layers: range, *, load: bool) -> Mark:
+    def submit(
+        self, rows: Rows, first_layer: int, end_layer: int, *, load: bool, reported: bool = False
+    ) -> Mark:
         """Copy urgently, after everything the forward pass has launched. The forward thread's."""
+
+    def submit_barrier(self) -> None:
+        """A copy of nothing, urgent and reported. The forward thread's."""
+
+    def wait_reports(self, seen: int) -> tuple[int, str]:
+        """Block until more than ``seen`` copies submitted as ``reported`` have ended, well or not;
+        how many have, in the order of their submission, and why copies failed. One thread.
+
+        May return early with as many as before.
+        """
 
     def submit_layers(self, rows: Rows, *, load: bool) -> Sequence[Mark]:
         """``submit`` of each layer in turn: their marks. The forward thread's."""
 
-    def submit_background(self, rows: Rows, layers: range, after: Mark, *, load: bool) -> Mark:
+    def submit_background(
+        self, rows: Rows, first_layer: int, end_layer: int, after: Mark, *, load: bool
+    ) -> Mark:
         """Copy after ``after``."""
 
     def hold_forward(self, mark: Mark) -> float:
@@ -95,6 +108,8 @@ class HostCopies:
 
     def __init__(self) -> None:
         self._queue = CopyQueue()
+        self._reached = [0, 0]
+        """Of each lane, which is the lowest bit of its tickets, the last one known to be done."""
 
     def map(
         self, caches: PagedCaches, memory: mmap.mmap, num_slots: int, geometry: Geometry
@@ -107,8 +122,16 @@ class HostCopies:
     def rows(self, mapping: Mapping, copies: Sequence[PageCopy]) -> Rows:
         return page_rows(mapping, copies)
 
-    def submit(self, rows: Rows, layers: range, *, load: bool) -> Mark:
-        return self._queue.submit(rows, load, layers.start, layers.stop)
+    def submit(
+        self, rows: Rows, first_layer: int, end_layer: int, *, load: bool, reported: bool = False
+    ) -> Mark:
+        return self._queue.submit(rows, load, first_layer, end_layer, False, reported)
+
+    def submit_barrier(self) -> None:
+        self._queue.submit_barrier()
+
+    def wait_reports(self, seen: int) -> tuple[int, str]:
+        return self._queue.wait_reports(seen, _WARN_S)
 
     def submit_layers(self, rows: Rows, *, load: bool) -> Sequence[Mark]:
         return self._queue.submit_layers(rows, load)
@@ -116,15 +139,20 @@ class HostCopies:
     def submit_background(
         self,
         rows: Rows,
-        layers: range,
+        first_layer: int,
+        end_layer: int,
         after: Mark,  # noqa: ARG002 # always reached
         *,
         load: bool,
     ) -> Mark:
-        return self._queue.submit(rows, load, layers.start, layers.stop, background=True)
+        return self._queue.submit(rows, load, first_layer, end_layer, background=True)
 
     def hold_forward(self, mark: Mark) -> float:
-        if mark is None or self._queue.done(mark):
+        # Copies mostly outrun the forward pass, which asks about each layer's.
+        if mark is None or mark <= self._reached[mark & 1]:
+            return 0.0
+        self._reached[mark & 1] = reached = self._queue.done_until(mark)
+        if mark <= reached:
             return 0.0
         started = time.perf_counter()
         self.wait(mark)
@@ -201,9 +229,7 @@ class CopyThread:
             raise TransferTimeout(f"thread {self._thread.name} did not end in {_JOIN_S} s")
 
     def _run(self) -> None:
-        # vLLM binds the thread that started this one to its compute cores: stay off them.
-        with suppress(OSError):
-            os.sched_setaffinity(0, range(os.cpu_count() or 1))
+        leave_compute_cores()
         while (job := self._jobs.get()) is not None:
             try:
                 job()

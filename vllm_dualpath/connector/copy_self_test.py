@@ -59,10 +59,9 @@ def _copy_there_and_back(engine: CopyEngine, device: torch.device) -> None:
     memory = mmap.mmap(-1, _SLOTS * _GEOMETRY.slot_bytes)
     mapping = engine.map(paged, memory, _SLOTS, _GEOMETRY)
     try:
-        layers = range(2)
-        engine.submit(engine.rows(mapping, [_copy(_OUT)]), layers, load=False)
+        engine.submit(engine.rows(mapping, [_copy(_OUT)]), 0, 2, load=False)
         rows = engine.rows(mapping, [_copy(_IN)])
-        mark = engine.submit_background(rows, layers, engine.now(), load=True)
+        mark = engine.submit_background(rows, 0, 2, engine.now(), load=True)
         engine.hold_forward(mark)
         engine.wait(mark)
     finally:

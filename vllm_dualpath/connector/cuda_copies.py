@@ -60,8 +60,24 @@ class DriverCopies:
     def rows(self, mapping: _Mapping, copies: Sequence[PageCopy]) -> PageRows:
         return page_rows(mapping.pages, copies)
 
-    def submit(self, rows: PageRows, layers: range, *, load: bool) -> CudaMark:
-        return self._copies.submit(rows, load, layers.start, layers.stop, self.now())
+    def submit(
+        self,
+        rows: PageRows,
+        first_layer: int,
+        end_layer: int,
+        *,
+        load: bool,
+        reported: bool = False,
+    ) -> CudaMark:
+        return self._copies.submit(
+            rows, load, first_layer, end_layer, self.now(), reported=reported
+        )
+
+    def submit_barrier(self) -> None:
+        self._copies.submit_barrier()
+
+    def wait_reports(self, seen: int) -> tuple[int, str]:
+        return self._copies.wait_reports(seen, _WARN_S)
 
     def submit_layers(self, rows: PageRows, *, load: bool) -> list[CudaMark]:
         after = self.now()
@@ -69,9 +85,9 @@ class DriverCopies:
         return [self._copies.submit(rows, load, layer, layer + 1, after) for layer in layers]
 
     def submit_background(
-        self, rows: PageRows, layers: range, after: CudaMark, *, load: bool
+        self, rows: PageRows, first_layer: int, end_layer: int, after: CudaMark, *, load: bool
     ) -> CudaMark:
-        return self._copies.submit(rows, load, layers.start, layers.stop, after, background=True)
+        return self._copies.submit(rows, load, first_layer, end_layer, after, background=True)
 
     def hold_forward(self, mark: CudaMark | None) -> float:
         if mark is None:

@@ -1,16 +1,17 @@
 """How long the worker's hooks keep vLLM's thread, measured: ``python -m`` this, JSON comes out.
 
 Drives the hooks as vLLM's model runner does, around caches of its own and a real mover, with steps
-that load and save a given number of pages in every layer. Each step is run twice. *Hidden*: every
-copy comes to its end between two hooks, as behind a long forward pass; this is what the hooks
-themselves take. *Bare*: with nothing between the hooks, which wait for copies and share the machine
-with them. Run by ``vllm-dualpath bench hooks``.
+that load and save a given number of pages in every layer. Each step is run twice. *Hidden*: between
+two hooks the thread computes until every copy has come to its end, as in a long forward pass; this
+is what the hooks themselves take. *Bare*: with nothing between the hooks, which wait for copies and
+share the machine with them. Run by ``vllm-dualpath bench hooks``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from vllm_dualpath.blocks import Geometry
@@ -38,6 +40,8 @@ PAGES_PER_BLOCK = 4
 PAGES_PER_REQUEST = 256
 """A step of more pages has several requests, as a batch of long prompts would."""
 _NUM_WARM_STEPS = 5
+_COMPUTED_BYTES = 1 << 20
+"""What the stand-in of a forward pass works on: half of a core's own cache."""
 
 Times = dict[str, list[tuple[int, int]]]
 """Of each hook, in each call: (CPU, wall) nanoseconds."""
@@ -59,6 +63,7 @@ class HookRig:
         assert boot_id is not None
         self._claim = Claim(TransferKey(bytes(16), 0), boot_id)
         self._num_steps = 0
+        self._computed = np.ones(_COMPUTED_BYTES // 4, np.float32)
 
     def _setup(self, directory: Path, geometry: Geometry) -> EngineSetup:
         (directory / "store").mkdir()
@@ -83,7 +88,7 @@ class HookRig:
     def step(self, num_pages: int, *, hidden: bool) -> Times:
         """One step that loads and saves ``num_pages`` in every layer; how long each hook took.
 
-        ``hidden``: copies come to their end between the hooks, as behind a long forward pass.
+        ``hidden``: copies come to their end between the hooks, as in a long forward pass.
         """
         times: Times = {}
         self._num_steps += 1
@@ -110,11 +115,14 @@ class HookRig:
         return times
 
     def settle(self) -> None:
-        """Let all copies and what follows them come to their end."""
-        self.worker.side._engine.wait(self.worker.side._fence)
+        """Compute until all copies and what follows them have come to their end.
+
+        A thread that slept instead would find another program's data in its core's caches.
+        """
         ended = threading.Event()
-        self.worker.side._thread.put(ended.set)
-        ended.wait()
+        self.worker.side._reports.after_all(lambda _done: ended.set())
+        while not ended.is_set():
+            np.multiply(self._computed, 1.0, out=self._computed)
 
     def close(self) -> None:
         """End the mover."""
@@ -149,6 +157,7 @@ def measure(rig: HookRig, page_counts: Sequence[int], num_steps: int) -> dict[st
 
 
 def _time(times: Times, hook: str, call: Callable[[], object]) -> None:
+    time.thread_time_ns()  # the clock's own cold caches are not the hook's
     wall = time.perf_counter_ns()
     cpu = time.thread_time_ns()
     call()
@@ -191,6 +200,8 @@ def main() -> None:
     parser.add_argument("--pages", type=int, nargs="+", required=True)
     parser.add_argument("--steps", type=int, required=True)
     arguments = parser.parse_args()
+    # As vLLM binds a forward pass on a CPU; our own threads keep off its core if there is another.
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     with tempfile.TemporaryDirectory(prefix="dualpath-hooks-") as name:
         rig = HookRig(Path(name), max(arguments.pages))
         try:

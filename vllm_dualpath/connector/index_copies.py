@@ -8,6 +8,7 @@ but torch.
 from __future__ import annotations
 
 import mmap
+import queue
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,7 @@ class IndexCopies:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._unreported: queue.SimpleQueue[torch.cuda.Event] = queue.SimpleQueue()
 
     def map(
         self, caches: PagedCaches, memory: mmap.mmap, num_slots: int, geometry: Geometry
@@ -91,23 +93,45 @@ class IndexCopies:
             pages.append(numbers % size)
         return _Rows(mapping, self._index(blocks), self._index(slots), self._index(pages))
 
-    def submit(self, rows: _Rows, layers: range, *, load: bool) -> torch.cuda.Event:
-        return self.submit_background(rows, layers, self.now(), load=load)
+    def submit(
+        self, rows: _Rows, first_layer: int, end_layer: int, *, load: bool, reported: bool = False
+    ) -> torch.cuda.Event:
+        mark = self.submit_background(rows, first_layer, end_layer, self.now(), load=load)
+        if reported:
+            self._unreported.put(mark)
+        return mark
+
+    def submit_barrier(self) -> None:
+        mark = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        mark.record(self._stream)
+        self._unreported.put(mark)
+
+    def wait_reports(self, seen: int) -> tuple[int, str]:
+        try:
+            self._unreported.get().synchronize()
+        except RuntimeError as exc:
+            return seen + 1, str(exc)
+        return seen + 1, ""
 
     def submit_layers(self, rows: _Rows, *, load: bool) -> list[torch.cuda.Event]:
         after = self.now()
         layers = range(len(rows.views.caches))
         return [
-            self.submit_background(rows, range(layer, layer + 1), after, load=load)
-            for layer in layers
+            self.submit_background(rows, layer, layer + 1, after, load=load) for layer in layers
         ]
 
     def submit_background(
-        self, rows: _Rows, layers: range, after: torch.cuda.Event, *, load: bool
+        self,
+        rows: _Rows,
+        first_layer: int,
+        end_layer: int,
+        after: torch.cuda.Event,
+        *,
+        load: bool,
     ) -> torch.cuda.Event:
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             self._stream.wait_event(after)
-            for layer in layers:
+            for layer in range(first_layer, end_layer):
                 cache, staging = rows.views.caches[layer], rows.views.staging[layer]
                 if load:
                     cache.index_put_((rows.blocks,), staging[rows.slots, rows.pages])

@@ -178,9 +178,10 @@ class AsyncLoads:
 
     def _copy(self, copy: PageCopy, staging: Staging, after: Mark) -> bool:
         try:
-            layers = range(self._geometry.num_layers)
+            num_layers = self._geometry.num_layers
             rows = staging.rows([copy])
-            self._engine.wait(self._engine.submit_background(rows, layers, after, load=True))
+            mark = self._engine.submit_background(rows, 0, num_layers, after, load=True)
+            self._engine.wait(mark)
         except Exception:
             logger.exception("request %s: copying its KV failed: recomputing", copy.request_id)
             return False

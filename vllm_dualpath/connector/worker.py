@@ -1,7 +1,7 @@
 """The worker side: carries out each step's copies between vLLM's cache and the staging memory.
 
 Called by vLLM's forward thread, which it keeps only where right answers need it: copies run beside
-the forward pass, what follows them on the copy thread, messages in the link's. Knows pages and
+the forward pass, what follows them on threads of ours, messages in the link's. Knows pages and
 slots, not tokens: what to copy was decided by the scheduler side.
 
 What orders copies and the forward pass:
@@ -24,11 +24,12 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_dualpath import metrics
-from vllm_dualpath.connector.batches import Batch, Batches
-from vllm_dualpath.connector.copies import CopyEngine, CopyThread, Mark, Rows, copy_engine
+from vllm_dualpath.connector.batches import Batch, Batches, LayerSaves
+from vllm_dualpath.connector.copies import CopyEngine, CopyThread, Mark, copy_engine
 from vllm_dualpath.connector.loads import NO_KEY, AsyncLoads
 from vllm_dualpath.connector.metadata import BlockSave, Claim, DualPathMetadata, PageCopy
 from vllm_dualpath.connector.paging import PagedCaches
+from vllm_dualpath.connector.reports import Reports
 from vllm_dualpath.connector.setup import EngineSetup
 from vllm_dualpath.connector.stats import DualPathStats, Recorder
 from vllm_dualpath.connector.worker_mover import WorkerMover
@@ -58,7 +59,7 @@ class WorkerSide:
         self._load_marks: list[Sequence[Mark]] = []
         """Of each batch of them, by layer."""
         self._layer_waits: list[float] = []
-        self._saves: list[Batch] | None = None
+        self._saves: list[LayerSaves] | None = None
         self._saved_layers: set[int] = set()
         self._fence: Mark = None
         self._owed: dict[str, Claim] = {}
@@ -87,6 +88,7 @@ class WorkerSide:
         self._geometry = geometry
         self._layer_of = {name: layer for layer, name in enumerate(names)}
         self._engine: CopyEngine = copy_engine(caches.device)
+        self._reports = Reports(self._engine)
         self._thread = CopyThread()
         self._mover = WorkerMover(
             setup.mover_spec(geometry),
@@ -96,7 +98,7 @@ class WorkerSide:
             self._received,
             lambda: self._loads.mover_lost(),
         )
-        self._batches = Batches(self._mover, self._engine, self._thread)
+        self._batches = Batches(self._mover, self._reports)
         self._loads = AsyncLoads(
             self._mover,
             self._engine,
@@ -121,6 +123,7 @@ class WorkerSide:
                 ending.callback(self._engine.close)
                 ending.callback(self._mover.close)
                 ending.callback(self._thread.close)
+                ending.callback(self._reports.close)
 
     # --- one step --------------------------------------------------------------------------------
 
@@ -157,7 +160,8 @@ class WorkerSide:
         layer = self._layer_of.get(layer_name)
         if layer is not None:
             for marks in self._load_marks:
-                self._layer_waits.append(self._engine.hold_forward(marks[layer]))
+                if waited_s := self._engine.hold_forward(marks[layer]):
+                    self._layer_waits.append(waited_s)
 
     def save_layer(self, layer_name: str) -> None:
         """Copy out this layer's new pages, and say so once they are there."""
@@ -167,10 +171,11 @@ class WorkerSide:
         if layer is None or layer in self._saved_layers:
             return
         if self._saves is None:
-            self._saves = list(self._batches.each(self._step.saves, self._drop_saves))
+            batches = self._batches.each(self._step.saves, self._drop_saves)
+            self._saves = [self._batches.layer_saves(each, self._report_saved) for each in batches]
         self._saved_layers.add(layer)
-        for batch in self._saves:
-            self._save_layer(batch, layer)
+        for saves in self._saves:
+            self._fence = saves.start(layer)
 
     def finish_saves(self) -> None:
         """End the step: copy layers whose hook did not fire.
@@ -178,7 +183,7 @@ class WorkerSide:
         Copies go on; before anything changes their pages, vLLM calls ``fence``.
         """
         try:
-            if self._step.saves:
+            if self._step.saves and len(self._saved_layers) < len(self._layer_of):
                 for name in self._layer_of:
                     self.save_layer(name)
         finally:
@@ -196,7 +201,8 @@ class WorkerSide:
         """
         if self._fence is not None:
             mark, self._fence = self._fence, None
-            self.recorder.observe(metrics.FENCE_WAIT_SECONDS, [self._engine.hold_forward(mark)])
+            if waited_s := self._engine.hold_forward(mark):
+                self.recorder.observe(metrics.FENCE_WAIT_SECONDS, [waited_s])
 
     def fail_step(self) -> None:
         """A load went wrong where none should: report those of this step as failed.
@@ -241,18 +247,14 @@ class WorkerSide:
     def _load_layers(self, batch: Batch) -> None:
         try:
             marks = self._engine.submit_layers(batch.rows, load=True)
-            self._fence = batch.last_mark = marks[-1]
+            self._fence = marks[-1]
             self._load_marks.append(marks)
         finally:
             self._batches.release(batch)
 
-    def _save_layer(self, batch: Batch, layer: int) -> None:
-        mark = batch.last_mark = self._submit(batch.rows, range(layer, layer + 1), load=False)
-        self._batches.after(mark, partial(self._report_saved, batch.copies, layer))
-
     def _release_saves(self) -> None:
-        for batch in self._saves or ():
-            self._batches.release(batch)
+        for saves in self._saves or ():
+            self._batches.release(saves.batch)
         self._saves = None
 
     def _report_saved(self, copies: Sequence[PageCopy], layer: int) -> None:
@@ -270,28 +272,23 @@ class WorkerSide:
             slots = tuple(copy.slots[0] for copy in copies)
             self._mover.connection.send(copies[0].claim.boot_id, ReturnPersistSlots(slots))
 
-        def stored(boot_id: bytes) -> None:
+        def copied(batch: Batch, done: bool) -> None:
+            batch.staging.release()
+            if not done:
+                gone(batch.copies)
+                return
             for block in blocks:
-                if block.boot_id == boot_id:
+                if block.boot_id == batch.staging.boot_id:
                     message = Persist(block.slot, block.hash, block.parent)
-                    self._mover.connection.send(boot_id, message)
+                    self._mover.connection.send(block.boot_id, message)
 
         for batch in self._batches.each(copies, gone):
-            layers = range(self._geometry.num_layers)
-            not_stored = partial(gone, batch.copies)
+            report = partial(copied, batch)
             try:
-                batch.last_mark = self._submit(batch.rows, layers, load=False)
+                self._fence = self._batches.save(batch, self._geometry.num_layers, report)
             except Exception:
-                not_stored()
+                report(False)
                 raise
-            finally:
-                self._batches.release(batch)
-            then = partial(stored, batch.staging.boot_id)
-            self._batches.after(batch.last_mark, then, not_stored)
-
-    def _submit(self, rows: Rows, layers: range, *, load: bool) -> Mark:
-        self._fence = mark = self._engine.submit(rows, layers, load=load)
-        return mark
 
     def _finish(self, request_ids: set[str]) -> None:
         """Give up claims and report sends once every copy ordered so far has ended."""
@@ -299,13 +296,13 @@ class WorkerSide:
         delayed = request_ids & self._delayed
         self._delayed -= delayed
 
-        def end() -> None:
+        def end(_done: bool) -> None:
             for claim in owed:
                 self._mover.connection.send_surely(claim.boot_id, Release(claim.key))
             self._sent.extend(delayed)
 
         if owed or delayed:
-            self._batches.after(None, end)
+            self._reports.after_all(end)
 
     def _fail_gone(self, copies: Sequence[PageCopy]) -> None:
         """Their memory is gone, which the life of a mapping is there to prevent."""

@@ -35,7 +35,7 @@ class Router:
 
     def __init__(self, config: RouterConfig) -> None:
         self.config = config
-        self.cluster = Cluster()
+        self.cluster = Cluster(config.prefill_tokens_per_s or 0.0)
         self._exit = contextlib.AsyncExitStack()
         self._failed: asyncio.Future[None] | None = None
 

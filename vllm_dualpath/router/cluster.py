@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 class Cluster:
     """See the module's docstring."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefill_rate: float = 0.0) -> None:
+        self._prefill_rate = prefill_rate
         self.stores = Stores()
         self.transfers: dict[TransferKey, Transfer] = {}
         self.rejected_messages = 0
@@ -44,7 +45,7 @@ class Cluster:
     def roster(self) -> Roster:
         """The engines as they are now; another one after each change."""
         if self._roster is None:
-            self._roster = Roster(self._engines.values())
+            self._roster = Roster(self._engines.values(), self._prefill_rate)
         return self._roster
 
     @property

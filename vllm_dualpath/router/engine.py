@@ -93,7 +93,9 @@ class Engine:
         engine.num_compute_tokens = self.num_compute_tokens
         engine.max_request_tokens = self.max_request_tokens
         if self.role == "decode" and self.hello.kv_tokens > 0:
-            engine.free_kv_tokens = self.hello.kv_tokens - self.num_kv_tokens
+            # One longest prompt more than there is: the next is staged while the last one decodes.
+            room_tokens = self.hello.kv_tokens + self.hello.max_model_len
+            engine.free_kv_tokens = room_tokens - self.num_kv_tokens
         else:
             engine.free_kv_tokens = NO_LIMIT
         return storage, engine
@@ -101,6 +103,10 @@ class Engine:
     def seen_in(self, view: ClusterView | None, index: int = 0) -> None:
         """Changes of load go into ``view`` from now on."""
         self._view, self._index = view, index
+
+    def index_in(self, view: ClusterView) -> int | None:
+        """Where it is in ``view``, if it is."""
+        return self._index if self._view is view else None
 
     def add_load(
         self, num_requests: int, num_tokens: int, compute_tokens: int = 0, kv_tokens: int = 0

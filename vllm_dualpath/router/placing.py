@@ -11,6 +11,7 @@ from vllm_dualpath.blocks import chain_hashes, chain_root, prompt_digest
 from vllm_dualpath.config import RouterConfig
 from vllm_dualpath.plan import ReadPlan, Segment
 from vllm_dualpath.policy import Decision, PlanRequest, Policy, Verdict, WaitingLine
+from vllm_dualpath.router.affinity import PrefixMemory
 from vllm_dualpath.router.booking import Booking
 from vllm_dualpath.router.cluster import Cluster
 from vllm_dualpath.router.engine import Engine
@@ -46,6 +47,7 @@ class Placer:
         self._telemetry = telemetry
         self._config = config
         self._lines: dict[PairGroup, Line[Placement]] = {}
+        self._memory = PrefixMemory()
         cluster.on_room = self._wake
 
     async def first(
@@ -151,7 +153,14 @@ class Placer:
     ) -> Placement | NotNow | None:
         block_tokens = view.hello.geometry.block_tokens
         num_hits = self._num_hits(view, prompt, block_tokens) if use_hits else 0
-        request = PlanRequest(prompt.num_tokens, num_hits, block_tokens)
+        found = self._memory.find(prompt.block_hashes)
+        cached = [(engine.index_in(view.view), num_blocks) for engine, num_blocks in found]
+        request = PlanRequest(
+            prompt.num_tokens,
+            num_hits,
+            block_tokens,
+            cached=[(index, num_blocks) for index, num_blocks in cached if index is not None],
+        )
         with self._telemetry.decision_seconds.time():
             decision = self._policy.decide(view.view, request, line, ignore_load=ignore_load)
         if decision.verdict is Verdict.IMPOSSIBLE:
@@ -159,6 +168,7 @@ class Placer:
         if decision.verdict is not Verdict.PLACED:
             return NotNow.NOT_NOW
         prefill, decode = view.engines[decision.prefill], view.engines[decision.decode]
+        self._memory.remember(prompt.block_hashes, (prefill, decode))
         return _booked(prompt, _plan_of(view, decision, num_hits), prefill, decode)
 
     def _num_hits(self, view: GroupView, prompt: Prompt, block_tokens: int) -> int:

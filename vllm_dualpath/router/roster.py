@@ -17,12 +17,13 @@ PairGroup = tuple[str, bytes, bytes]
 class GroupView:
     """The usable engines of one group, by id, and the policy's view of them: the same order."""
 
-    def __init__(self, group: PairGroup, engines: list[Engine]) -> None:
+    def __init__(self, group: PairGroup, engines: list[Engine], prefill_rate: float) -> None:
         self.group = group
         self.engines = engines
         states = [engine.state(index) for index, engine in enumerate(engines)]
         self.view = ClusterView([node for node, _ in states], [engine for _, engine in states])
         self.view.nominal_read_rate = max(engine.read_rate.rate for engine in engines)
+        self.view.set_prefill_curve(prefill_rate, 0.0)
         for index, engine in enumerate(engines):
             engine.seen_in(self.view, index)
         roles = [engine.role for engine in engines]
@@ -39,9 +40,12 @@ class GroupView:
 
 
 class Roster:
-    """Owns nothing: ``Cluster`` makes one and throws it away."""
+    """Owns nothing: ``Cluster`` makes one and throws it away.
 
-    def __init__(self, engines: Iterable[Engine]) -> None:
+    ``prefill_rate``: tokens a second that a prefill engine computes; 0: not known.
+    """
+
+    def __init__(self, engines: Iterable[Engine], prefill_rate: float) -> None:
         self.engines = sorted(engines, key=lambda engine: engine.engine_id)
         usable = [engine for engine in self.engines if engine.usable]
         self.usable = {
@@ -53,7 +57,7 @@ class Roster:
         groups: dict[PairGroup, list[Engine]] = {}
         for engine in usable:
             groups.setdefault(group_of(engine), []).append(engine)
-        views = [GroupView(group, members) for group, members in groups.items()]
+        views = [GroupView(group, members, prefill_rate) for group, members in groups.items()]
         complete = [view for view in views if view.is_complete]
         self.views = sorted(complete, key=lambda view: (-len(view.engines), view.group))
         """Groups with a prefill and a decode engine, the largest first."""
