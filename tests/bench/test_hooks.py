@@ -9,10 +9,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from vllm_dualpath.bench.hooks.idle import IdleOverhead
+from vllm_dualpath.bench.hooks.idle import BatchCost, IdleOverhead
 from vllm_dualpath.bench.hooks.report import hook_table, idle_line, to_json
 from vllm_dualpath.bench.hooks.timing import time_hooks
-from vllm_dualpath.bench.mover.pairing import paired_ratio
 from vllm_dualpath.cli.main import main
 from vllm_dualpath.errors import LaunchError
 
@@ -40,7 +39,7 @@ def test_command_writes_every_hook_and_size(tmp_path: Path, monkeypatch, capsys)
     for size in report["pages"].values():
         assert set(size["hooks"]) == HOOKS
         assert size["cpu_us_a_layer_and_step"] > 0
-    assert report["ratios"] == {"idle_vs_plain": None}
+    assert report["ratios"] == {"idle_vs_plain": None, "idle_cpu_vs_plain": None}
     assert "save_kv_layer" in capsys.readouterr().out
 
 
@@ -52,13 +51,17 @@ def test_timing_that_fails_says_why() -> None:
 
 def test_idle_overhead_in_a_sentence_and_in_json() -> None:
     """A median over pairs, with its interval and its samples."""
-    plain, ours = (1.0, 2.0, 4.0), (1.01, 2.02, 4.04)
-    idle = IdleOverhead(paired_ratio(ours, plain), plain, ours)
-    assert idle_line(idle).startswith("a batch without hits or transfers takes +1.00 % against")
+    plain = tuple(BatchCost(seconds, 1.0) for seconds in (1.0, 2.0, 4.0))
+    ours = tuple(BatchCost(seconds, 0.99) for seconds in (1.01, 2.02, 4.04))
+    idle = IdleOverhead(plain, ours)
+    line = idle_line(idle)
+    assert "+1.00 % (95 % interval" in line
+    assert "-1.00 % (95 % interval" in line
     report = to_json([], idle)
     assert report["ratios"]["idle_vs_plain"] == pytest.approx(1.01)
+    assert report["ratios"]["idle_cpu_vs_plain"] == pytest.approx(0.99)
     assert report["intervals"]["idle_vs_plain"]["num_pairs"] == 3
-    assert report["samples"]["plain_s"] == list(plain)
+    assert report["samples"]["plain"][0] == {"seconds": 1.0, "cpu_s": 1.0}
 
 
 def test_table_names_the_limit() -> None:

@@ -107,10 +107,10 @@ class MoverConnection:
         if self._fatal is not None:
             raise self._fatal
 
-    def send(self, boot_id: bytes, message: EngineMessage) -> bool:
+    def send(self, boot_id: bytes, *messages: EngineMessage) -> bool:
         """Send to the mover ``boot_id``. False: it is gone, or cannot be reached right now."""
         link = self._link
-        return link is not None and self._boot_id == boot_id and link.send(message)
+        return link is not None and self._boot_id == boot_id and link.send(*messages)
 
     def send_surely(self, boot_id: bytes, message: EngineMessage) -> None:
         """As ``send``, but sent later if that mover is reached again: it waits for this message."""

@@ -1,10 +1,10 @@
 """How long the worker's hooks keep vLLM's thread, measured: ``python -m`` this, JSON comes out.
 
 Drives the hooks as vLLM's model runner does, around caches of its own and a real mover, with steps
-that load and save a given number of pages in every layer. Each step is run twice. *Hidden*: between
-two hooks the thread computes until every copy has come to its end, as in a long forward pass; this
-is what the hooks themselves take. *Bare*: with nothing between the hooks, which wait for copies and
-share the machine with them. Run by ``vllm-dualpath bench hooks``.
+that load a given number of pages in every layer, and save what they compute. Each step is run
+twice. *Hidden*: between two hooks the thread computes until every copy has come to its end, as in a
+long forward pass; this is what the hooks themselves take. *Bare*: with nothing between the hooks,
+which wait for copies and share the machine with them. Run by ``vllm-dualpath bench hooks``.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ from vllm_dualpath.messages import TransferKey
 NUM_LAYERS = 32
 PAGE_BYTES = 2048
 PAGES_PER_BLOCK = 4
+MAX_SAVED_PAGES = 512
+"""A step saves what it computes: at most 8192 tokens, vLLM's default ``max_num_batched_tokens``,
+in pages of 16. What it loads has no such bound.
+"""
 PAGES_PER_REQUEST = 256
 """A step of more pages has several requests, as a batch of long prompts would."""
 _NUM_WARM_STEPS = 5
@@ -86,7 +90,9 @@ class HookRig:
         )
 
     def step(self, num_pages: int, *, hidden: bool) -> Times:
-        """One step that loads and saves ``num_pages`` in every layer; how long each hook took.
+        """One step; how long each hook took.
+
+        Loads ``num_pages`` in every layer, and saves as many, but no more than it can compute.
 
         ``hidden``: copies come to their end between the hooks, as in a long forward pass.
         """
@@ -94,7 +100,7 @@ class HookRig:
         self._num_steps += 1
         orders = DualPathMetadata(scheduler_boot=self._claim.boot_id)
         orders.sync_loads = self._copies(num_pages, 0)
-        orders.saves = self._copies(num_pages, 1)
+        orders.saves = self._copies(min(num_pages, MAX_SAVED_PAGES), 1)
         finished = {copy.request_id for copy in orders.sync_loads}
         worker = self.worker
         _time(times, "handle_preemptions", worker.fence)

@@ -258,9 +258,8 @@ class WorkerSide:
         self._saves = None
 
     def _report_saved(self, copies: Sequence[PageCopy], layer: int) -> None:
-        for copy in copies:
-            message = Saved(copy.claim.key, layer, copy.first_page, copy.last_page)
-            self._mover.connection.send(copy.claim.boot_id, message)
+        messages = [Saved(c.claim.key, layer, c.first_page, c.last_page) for c in copies]
+        self._mover.connection.send(copies[0].claim.boot_id, *messages)
 
     def _persist(self, blocks: list[BlockSave]) -> None:
         """Copy whole blocks to persist slots, all in one copy, and have them stored."""
@@ -277,10 +276,10 @@ class WorkerSide:
             if not done:
                 gone(batch.copies)
                 return
-            for block in blocks:
-                if block.boot_id == batch.staging.boot_id:
-                    message = Persist(block.slot, block.hash, block.parent)
-                    self._mover.connection.send(block.boot_id, message)
+            boot_id = batch.staging.boot_id
+            mine = [block for block in blocks if block.boot_id == boot_id]
+            messages = [Persist(block.slot, block.hash, block.parent) for block in mine]
+            self._mover.connection.send(boot_id, *messages)
 
         for batch in self._batches.each(copies, gone):
             report = partial(copied, batch)

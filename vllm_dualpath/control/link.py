@@ -85,11 +85,11 @@ class EngineLink:
         self._thread.start()
         return attached, fds
 
-    def send(self, message: EngineMessage) -> bool:
-        """Queue a message; never blocks. False: the mover is gone, nothing was queued."""
+    def send(self, *messages: EngineMessage) -> bool:
+        """Queue messages; never blocks. False: the mover is gone, nothing was queued."""
         if not self._open:
             return False
-        self._outgoing.append(encode(message))
+        self._outgoing.extend([encode(each) for each in messages])
         self._wake()
         return True
 

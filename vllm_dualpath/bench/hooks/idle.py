@@ -12,7 +12,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,12 +45,42 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
-class IdleOverhead:
-    """``ratio``: the time of a batch with the connector by that without it."""
+class BatchCost:
+    """What one batch took, and what CPU time of all threads of the server."""
 
-    ratio: Ratio
-    plain_s: tuple[float, ...]
-    connector_s: tuple[float, ...]
+    seconds: float
+    cpu_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class IdleOverhead:
+    """Batches of both servers, round by round."""
+
+    plain: tuple[BatchCost, ...]
+    connector: tuple[BatchCost, ...]
+
+    @property
+    def ratio(self) -> Ratio:
+        """The time of a batch with the connector by that without it."""
+        return paired_ratio([b.seconds for b in self.connector], [b.seconds for b in self.plain])
+
+    @property
+    def cpu_ratio(self) -> Ratio:
+        """As ``ratio``, of CPU time: what others do on the machine is not in it."""
+        return paired_ratio([b.cpu_s for b in self.connector], [b.cpu_s for b in self.plain])
+
+
+@dataclass(frozen=True, slots=True)
+class _Served:
+    url: str
+    pid: int
+
+    def cpu_s(self) -> float:
+        """CPU time of all threads that the server has now."""
+        ran_ns = 0
+        for thread in Path(f"/proc/{self.pid}/task").iterdir():
+            ran_ns += int((thread / "schedstat").read_text("ascii").split()[0])
+        return ran_ns / 1e9
 
 
 def measure_idle(
@@ -81,12 +111,11 @@ def measure_idle(
             ours.launch()
             plain.wait_ready()
             ours.wait_ready()
-            for server in (plain, ours):
-                _bind(server.server.process.pid, cores[:1])
+            servers = [_Served(each.url, each.server.process.pid) for each in (plain, ours)]
+            for server in servers:
+                _bind(server.pid, cores[:1])
             os.sched_setaffinity(0, cores[-1:])
-            return asyncio.run(
-                _alternate([plain.url, ours.url], num_rounds, load or Load(), advance)
-            )
+            return asyncio.run(_alternate(servers, num_rounds, load or Load(), advance))
         finally:
             os.sched_setaffinity(0, cores)
             ours.stop()
@@ -100,31 +129,31 @@ def _bind(pid: int, cores: list[int]) -> None:
 
 
 async def _alternate(
-    urls: list[str], num_rounds: int, load: Load, advance: Callable[[], None]
+    servers: Sequence[_Served], num_rounds: int, load: Load, advance: Callable[[], None]
 ) -> IdleOverhead:
-    times: dict[str, list[float]] = {url: [] for url in urls}
+    costs: dict[str, list[BatchCost]] = {server.url: [] for server in servers}
     async with open_session() as session:
         for round_idx in range(_NUM_WARM_ROUNDS + num_rounds):
             # Other prompts each round: none is in a prefix cache. The same for both servers.
             prompts = _prompts(load, round_idx)
-            for url in in_turn(urls, round_idx):
-                took_s = await _batch(session, url, prompts, load.output_tokens)
+            for server in in_turn(servers, round_idx):
+                cost = await _batch(session, server, prompts, load.output_tokens)
                 if round_idx >= _NUM_WARM_ROUNDS:
-                    times[url].append(took_s)
+                    costs[server.url].append(cost)
             if round_idx >= _NUM_WARM_ROUNDS:
                 advance()
-    plain, ours = (times[url] for url in urls)
-    return IdleOverhead(paired_ratio(ours, plain), tuple(plain), tuple(ours))
+    plain, ours = (tuple(costs[server.url]) for server in servers)
+    return IdleOverhead(plain, ours)
 
 
 async def _batch(
-    session: aiohttp.ClientSession, url: str, prompts: list[list[int]], num_tokens: int
-) -> float:
-    started_s = time.perf_counter()
+    session: aiohttp.ClientSession, server: _Served, prompts: list[list[int]], num_tokens: int
+) -> BatchCost:
+    started_s, cpu_s = time.perf_counter(), server.cpu_s()
     await asyncio.gather(
-        *(complete(session, url, _MODEL_NAME, prompt, num_tokens) for prompt in prompts)
+        *(complete(session, server.url, _MODEL_NAME, prompt, num_tokens) for prompt in prompts)
     )
-    return time.perf_counter() - started_s
+    return BatchCost(time.perf_counter() - started_s, server.cpu_s() - cpu_s)
 
 
 def _prompts(load: Load, seed: int) -> list[list[int]]:

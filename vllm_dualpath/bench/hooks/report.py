@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
 
 from vllm_dualpath.bench.hooks.idle import IdleOverhead
 from vllm_dualpath.bench.hooks.timing import LIMIT_US, StepTiming
+from vllm_dualpath.bench.mover.pairing import Ratio
 
 
 def to_json(timings: Sequence[StepTiming], idle: IdleOverhead | None) -> dict[str, Any]:
@@ -23,12 +25,16 @@ def to_json(timings: Sequence[StepTiming], idle: IdleOverhead | None) -> dict[st
         for timing in timings
     }
     if idle is None:
-        return {"pages": steps, "ratios": {"idle_vs_plain": None}}
+        return {"pages": steps, "ratios": {"idle_vs_plain": None, "idle_cpu_vs_plain": None}}
+    ratios = {"idle_vs_plain": idle.ratio, "idle_cpu_vs_plain": idle.cpu_ratio}
     return {
         "pages": steps,
-        "ratios": {"idle_vs_plain": idle.ratio.median},
-        "intervals": {"idle_vs_plain": idle.ratio.to_json()},
-        "samples": {"plain_s": list(idle.plain_s), "connector_s": list(idle.connector_s)},
+        "ratios": {name: ratio.median for name, ratio in ratios.items()},
+        "intervals": {name: ratio.to_json() for name, ratio in ratios.items()},
+        "samples": {
+            "plain": [asdict(batch) for batch in idle.plain],
+            "connector": [asdict(batch) for batch in idle.connector],
+        },
     }
 
 
@@ -38,7 +44,7 @@ def hook_table(timings: Sequence[StepTiming]) -> Table:
         title="CPU time of one call of each hook, µs",
         caption="waits for copies are not in it; the last rows are a layer's share of a step",
     )
-    table.add_column("pages loaded and saved a step")
+    table.add_column("pages loaded a step")
     for timing in timings:
         table.add_column(str(timing.num_pages), justify="right")
     for hook in timings[0].hooks:
@@ -60,9 +66,13 @@ def hook_table(timings: Sequence[StepTiming]) -> Table:
 
 def idle_line(idle: IdleOverhead) -> str:
     """One sentence."""
-    ratio = idle.ratio
     return (
-        f"a batch without hits or transfers takes {100 * (ratio.median - 1):+.2f} % against plain"
-        f" vLLM (95 % interval {100 * (ratio.low - 1):+.2f} to {100 * (ratio.high - 1):+.2f} %,"
-        f" {ratio.num_pairs} pairs)"
+        "a batch without hits or transfers takes, against plain vLLM,"
+        f" {_percent(idle.ratio)} of time and {_percent(idle.cpu_ratio)} of CPU time"
+        f" ({idle.ratio.num_pairs} pairs)"
     )
+
+
+def _percent(ratio: Ratio) -> str:
+    low, high = 100 * (ratio.low - 1), 100 * (ratio.high - 1)
+    return f"{100 * (ratio.median - 1):+.2f} % (95 % interval {low:+.2f} to {high:+.2f})"

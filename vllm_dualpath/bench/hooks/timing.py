@@ -26,7 +26,7 @@ _MAX_ERROR_CHARS = 2000
 
 @dataclass(frozen=True, slots=True)
 class StepTiming:
-    """Steps that load and save ``num_pages`` pages in every layer; medians, in microseconds."""
+    """Steps that load ``num_pages`` pages in every layer; medians, in microseconds."""
 
     num_pages: int
     cpu_us: float
