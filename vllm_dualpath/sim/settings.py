@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from vllm_dualpath import native
 from vllm_dualpath.errors import ConfigError
 from vllm_dualpath.sim.assumptions import Assumptions, ModelShape
-from vllm_dualpath.sim.config import SimulationConfig
+from vllm_dualpath.sim.config import SimulationConfig, StorageSlows
 from vllm_dualpath.sim.costs import GIGA, EngineCosts, engine_costs, model_work
 from vllm_dualpath.workload import TraceStatistics
 
@@ -72,7 +73,10 @@ def core_settings(
         settings.stop_s = settings.measure_until_s = config.duration_s
         settings.measure_from_s = config.warm_up_s
     for fault in config.faults:
-        factor, until_s = getattr(fault, "factor", 0.0), getattr(fault, "until_s", float("inf"))
+        if isinstance(fault, StorageSlows):
+            factor, until_s = fault.factor, fault.until_s
+        else:
+            factor, until_s = 0.0, math.inf
         settings.add_fault(fault.kind, fault.node, fault.at_s, factor, until_s)
     return settings
 
