@@ -359,6 +359,7 @@ class PolicyParameters:
     max_readers: int
     split_fraction: float
     near_tie: float
+    prompt_token_work: float
     read_past_cache: bool
     recompute: bool
     recompute_price: float

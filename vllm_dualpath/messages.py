@@ -247,6 +247,10 @@ class End(Message, frozen=True):
     key: TransferKey
     drain: bool
     reason: str
+    staged: bool = True
+    """Whether a ``Stage`` was sent to anybody: then a mover that got none cannot know if its peer
+    has one, and writes.
+    """
 
 
 class PeerDied(Message, frozen=True):

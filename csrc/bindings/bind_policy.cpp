@@ -133,6 +133,7 @@ void bind_parameters(py::module_& module) {
         .def_readwrite("max_readers", &Parameters::max_readers)
         .def_readwrite("split_fraction", &Parameters::split_fraction)
         .def_readwrite("near_tie", &Parameters::near_tie)
+        .def_readwrite("prompt_token_work", &Parameters::prompt_token_work)
         .def_readwrite("read_past_cache", &Parameters::read_past_cache)
         .def_readwrite("recompute", &Parameters::recompute)
         .def_readwrite("recompute_price", &Parameters::recompute_price);

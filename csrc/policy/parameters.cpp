@@ -49,6 +49,8 @@ void check(const Parameters& parameters) {
             parameters.split_fraction);
     require(parameters.near_tie >= 0 && parameters.near_tie <= 1, "near_tie", "0 to 1",
             parameters.near_tie);
+    require(parameters.prompt_token_work >= 0 && parameters.prompt_token_work <= 1,
+            "prompt_token_work", "0 to 1", parameters.prompt_token_work);
     require(std::isfinite(parameters.recompute_price) && parameters.recompute_price >= 0,
             "recompute_price", "0 or more", parameters.recompute_price);
 }

@@ -38,6 +38,9 @@ struct Parameters {
     std::uint32_t max_readers = 4;         // of pool; 1 to kMaxReaders
     double split_fraction = -1;            // split: the prefill side's share; < 0: by queues
     double near_tie = 0.05;                // balanced: loads this close to the least count as equal
+    // Balanced: what a prompt token costs a prefill engine (attention over it, copies, a share of
+    // the step) though it is cached, in tokens to compute.
+    double prompt_token_work = 0.005;
     bool read_past_cache = false;  // do not read blocks that the prefill engine holds itself
     bool recompute = false;        // do not read what can be computed earlier than it can be read
     // Seconds that each second of extra computing must save: it is taken from other requests.

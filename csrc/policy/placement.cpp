@@ -117,22 +117,31 @@ std::uint32_t Placer::choose_prefill(const ClusterView& view, const Request& req
         return could_take(engine, Role::kPrefill, request) && engine.num_tokens <= beta &&
                has_room(engine, request);
     };
-    using Key = std::pair<bool, std::int64_t>;
+    using Key = std::pair<bool, double>;
     const auto key_of = [&](std::uint32_t e) {
         const EngineState& engine = view.engines[e];
-        return Key{!has_short_queue(view, engine.node), engine.num_tokens};
+        return Key{!has_short_queue(view, engine.node), prefill_load(engine)};
     };
     const std::uint32_t best = least(view, able, key_of);
     if (best == kNone || !is_balanced()) return best;
-    const auto [is_long, fewest] = key_of(best);
-    const double slack =
-        parameters_.near_tie * static_cast<double>(std::max(fewest, request.num_tokens));
-    const auto is_near = [&, most = fewest + static_cast<std::int64_t>(slack),
+    const auto [is_long, lightest] = key_of(best);
+    const double own = work(request.num_tokens - request.hit_tokens(), request.num_tokens);
+    const auto is_near = [&, most = lightest + parameters_.near_tie * std::max(lightest, own),
                           only_long = is_long](const EngineState& engine) {
-        return engine.num_tokens <= most && able(engine) &&
+        return prefill_load(engine) <= most && able(engine) &&
                (only_long || has_short_queue(view, engine.node));
     };
     return least(view, is_near, [&](std::uint32_t e) { return near_key(view, request, e); });
+}
+
+double Placer::work(std::int64_t compute_tokens, std::int64_t num_tokens) const {
+    return static_cast<double>(compute_tokens) +
+           parameters_.prompt_token_work * static_cast<double>(num_tokens);
+}
+
+double Placer::prefill_load(const EngineState& engine) const {
+    if (!is_balanced()) return static_cast<double>(engine.num_tokens);
+    return work(engine.num_compute_tokens, engine.num_tokens);
 }
 
 std::uint32_t Placer::choose_decode(const ClusterView& view, const Request& request) {

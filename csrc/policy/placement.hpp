@@ -32,6 +32,9 @@ class Placer {
 
     bool is_balanced() const { return parameters_.placement == Placement::kBalanced; }
     std::uint32_t choose_prefill(const ClusterView& view, const Request& request) const;
+    // In tokens to compute.
+    double work(std::int64_t compute_tokens, std::int64_t num_tokens) const;
+    double prefill_load(const EngineState& engine) const;
     bool has_short_queue(const ClusterView& view, std::uint32_t node) const;
     std::uint32_t choose_decode(const ClusterView& view, const Request& request);
     void sum_groups(const ClusterView& view, const Request& request);

@@ -32,6 +32,8 @@ class Transfer:
         self.key = TransferKey(os.urandom(16), 0)
         self.prefill_slots: tuple[int, ...] = ()
         self.decode_slots: tuple[int, ...] = ()
+        self.staged = False
+        """Whether a ``Stage`` was sent to anybody."""
 
     def ask_decode(self) -> None:
         """Send the decode side's ``Reserve``."""
@@ -88,9 +90,10 @@ class Transfer:
             num_releases=num_releases,
         )
         self.router.send(mover, message)
+        self.staged = True
 
     def end(self, mover: MoverProcess, drain: bool) -> None:
-        self.router.send(mover, End(self.key, drain, "test"))
+        self.router.send(mover, End(self.key, drain, "test", self.staged))
 
     def assert_staged(self, claimed: ClaimedTransfer, mover: MoverProcess, num_blocks: int) -> None:
         """The leading blocks in the slots are byte for byte what they shall be."""

@@ -133,6 +133,7 @@ def test_impossible_requests_are_refused(cluster: Cluster) -> None:
     cluster.router.expect(cluster.decode, TransferFailed, gap.key)
     for mover in (cluster.prefill, cluster.decode):
         gap.end(mover, drain=False)
+    for mover in (cluster.prefill, cluster.decode):
         cluster.router.expect(mover, Ended, gap.key)
 
 

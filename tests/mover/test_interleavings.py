@@ -105,16 +105,16 @@ class TwoMovers(RuleBasedStateMachine):
             self.pair.spin()
             self.hear()
 
-    @rule(choice=ANY, roles=st.sampled_from(STAGE_ORDERS))
-    def go_on(self, choice: int, roles: tuple[str, ...]) -> None:
+    @rule(choice=ANY, roles=st.sampled_from(STAGE_ORDERS), dies=st.booleans())
+    def go_on(self, choice: int, roles: tuple[str, ...], dies: bool) -> None:
         """The router's next step: reserve at the prefill side, then ``Stage`` to both.
 
-        One ``Stage`` is lost if the router dies meanwhile.
+        One ``Stage`` may be lost, with the router or without.
         """
         if attempt := self._pick(choice):
-            self._go_on(attempt, roles)
+            self._go_on(attempt, roles, dies)
 
-    def _go_on(self, attempt: Attempt, roles: tuple[str, ...]) -> None:
+    def _go_on(self, attempt: Attempt, roles: tuple[str, ...], dies: bool = False) -> None:
         if attempt.ended or attempt.staged or "decode" not in attempt.slots or self.router_died:
             return
         if "prefill" not in attempt.asked:
@@ -124,7 +124,7 @@ class TwoMovers(RuleBasedStateMachine):
         elif "prefill" in attempt.slots:
             for role in roles:
                 self._stage(role, attempt)
-            self.router_died = len(roles) == 1
+            self.router_died = dies and len(roles) == 1
 
     def _stage(self, role: str, attempt: Attempt) -> None:
         attempt.staged.add(role)
@@ -143,7 +143,7 @@ class TwoMovers(RuleBasedStateMachine):
         attempt = self._pick(choice)
         if attempt is not None and role in attempt.asked and not self.router_died:
             attempt.ended.add(role)
-            self._side(role).book.end(attempt.key, drain)
+            self._side(role).book.end(attempt.key, drain, staged=bool(attempt.staged))
 
     @rule(role=ROLES)
     @precondition(lambda self: not self.router_lost and len(self.attempts) >= 2)
@@ -245,7 +245,8 @@ class TwoMovers(RuleBasedStateMachine):
         for role in ("prefill", "decode"):
             for attempt in self.attempts:
                 if role not in attempt.ended and role in attempt.asked and not self.router_died:
-                    self._side(role).book.end(attempt.key, False)
+                    staged = bool(attempt.staged)
+                    self._side(role).book.end(attempt.key, False, staged=staged)
         if self.router_lost or self.router_died:
             for side in self.pair.sides:
                 side.book.router_lost()
@@ -299,7 +300,7 @@ def machine() -> Iterator[TwoMovers]:
 def staged(machine: TwoMovers, *roles: str, split: int = 0) -> Attempt:
     """A transfer whose ``Stage`` reached these movers; two hit blocks."""
     machine.begin(progress=1, split=split, hits=2, missing=4)
-    machine.go_on(0, roles)
+    machine.go_on(0, roles, dies=len(roles) == 1)
     return machine.attempts[0]
 
 
@@ -328,6 +329,21 @@ def test_router_lost_between_two_stages(machine: TwoMovers) -> None:
     machine.deliver("decode")
     assert prefill.pool.num_free < NUM_SLOTS
     machine.deliver("decode")  # the pushes have ended, and now it says so
+    assert prefill.pool.num_free == NUM_SLOTS
+
+
+def test_lost_stage_of_a_router_that_lives(machine: TwoMovers) -> None:
+    """Our ``Stage`` is lost, the peer's is not: ``End`` says so, and our slots wait for it."""
+    machine.begin(progress=1, split=0, hits=2, missing=4)
+    machine.go_on(0, ("decode",), dies=False)
+    machine.store_calls("decode", 0, 2, 2)
+    prefill = machine.pair.prefill
+    machine.end(0, "prefill", drain=False)
+    assert prefill.pool.num_free < NUM_SLOTS
+    machine.end(0, "decode", drain=False)
+    machine.deliver("prefill")
+    machine.deliver("decode")
+    machine.deliver("decode")
     assert prefill.pool.num_free == NUM_SLOTS
 
 

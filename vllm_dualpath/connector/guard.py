@@ -133,9 +133,12 @@ class GuardedWorker:
 
     def bind(self, step: DualPathMetadata) -> None:
         self._delayed |= step.delayed_frees
-        self._receiving.update(copy.request_id for copy in step.async_loads)
-        self._receiving.update(load.request_id for load in step.store_loads)
-        self._receiving.update(request_id for request_id, _ in step.failed_loads)
+        for copy in step.async_loads:
+            self._receiving.add(copy.request_id)
+        for load in step.store_loads:
+            self._receiving.add(load.request_id)
+        for request_id, _ in step.failed_loads:
+            self._receiving.add(request_id)
         self._guard.call("bind", lambda: self.side.bind(step), None)
 
     def start_loads(self) -> None:
@@ -169,11 +172,14 @@ class GuardedWorker:
         """Each id once: sent only if vLLM waits for it and has finished it, received only if
         begun.
         """
-        self._ended |= finished_ids & self._delayed
+        if self._delayed:
+            self._ended |= finished_ids & self._delayed
         nothing: tuple[set[str], set[str], set[str]] = (set(), set(), set())
         sent, received, failed = self._guard.call(
             "results", lambda: self.side.results(finished_ids), nothing
         )
+        if not (sent or received):
+            return sent, received, set()
         sent &= self._ended
         received &= self._receiving
         self._ended -= sent

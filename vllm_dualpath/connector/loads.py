@@ -111,6 +111,8 @@ class AsyncLoads:
         """Requests whose loads ended, those of which nothing was loaded, blocks not loaded."""
         if self._waiting:
             self._expire(time.monotonic())
+        elif not self._received:  # every load that ended is in it
+            return set(), set(), set()
         with self._lock:
             taken = self._received, self._failed, self._bad_blocks
             self._received, self._failed, self._bad_blocks = set(), set(), set()

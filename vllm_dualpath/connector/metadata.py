@@ -80,8 +80,17 @@ class DualPathMetadata(KVConnectorMetadata):
     delayed_frees: set[str] = field(default_factory=set)
     """Finished requests whose blocks vLLM holds until they are reported as sent."""
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is to be copied in this step."""
+        return not (
+            self.sync_loads or self.async_loads or self.store_loads or self.saves or self.persists
+        )
+
     def boot_ids(self) -> set[bytes]:
         """The movers whose staging memory this step's orders name."""
+        if self.is_empty:
+            return set()
         copies = (*self.sync_loads, *self.async_loads, *self.saves)
         named = {copy.claim.boot_id for copy in copies}
         named.update(load.boot_id for load in self.store_loads)

@@ -28,6 +28,12 @@ class Persister:
         self._recent: dict[bytes, None] = {}
         """Hashes stored lately: prompts share prefixes, and without an index nothing else tells."""
 
+    @property
+    def has_room(self) -> bool:
+        """Whether a block could be stored now."""
+        view = self._mover.view
+        return view is not None and bool(view.persist_slots)
+
     def has_work(self, tracked: Tracked) -> bool:
         """Whether some block is safe and was not looked at yet. Costs no copy of the block
         table.

@@ -148,7 +148,7 @@ class SchedulerSide:
 
     def add_persists(self, orders: DualPathMetadata, output: SchedulerOutput) -> None:
         """Add the Full Blocks that have become safe to store."""
-        if self._persister is None:
+        if self._persister is None or not self._persister.has_room:
             return
         for tracked, _, block_ids in self._scheduled(output):
             if tracked.epoch == self._epoch and self._persister.has_work(tracked):

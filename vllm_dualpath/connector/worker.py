@@ -129,11 +129,14 @@ class WorkerSide:
 
     def bind(self, step: DualPathMetadata) -> None:
         """Take a step's orders; blocks to store are copied before anything can change them."""
-        self._release_saves()  # of a step that did not come to its end
+        if self._saves is not None:
+            self._release_saves()  # of a step that did not come to its end
         self._step = step
-        self._saved_layers.clear()
-        self._loading = []
-        self._load_marks.clear()
+        if self._saved_layers:
+            self._saved_layers.clear()
+        if self._load_marks:
+            self._loading = []
+            self._load_marks.clear()
         self._mover.begin_step(step.scheduler_boot, step.boot_ids())
         self._delayed |= step.delayed_frees
         for copy in (*step.sync_loads, *step.saves):
@@ -182,6 +185,8 @@ class WorkerSide:
 
         Copies go on; before anything changes their pages, vLLM calls ``fence``.
         """
+        if not self._step.saves and not self._layer_waits:
+            return
         try:
             if self._step.saves and len(self._saved_layers) < len(self._layer_of):
                 for name in self._layer_of:
@@ -221,8 +226,9 @@ class WorkerSide:
     def results(self, finished_ids: set[str]) -> tuple[set[str], set[str], set[str]]:
         """Requests whose sends, receives ended, and whose receives failed, since the last call."""
         self._mover.end_step()
-        self._finish(finished_ids)
-        sent = set()
+        if finished_ids:
+            self._finish(finished_ids)
+        sent: set[str] = set()
         while self._sent:
             sent.add(self._sent.pop())
         received, failed, bad_blocks = self._loads.take_results()

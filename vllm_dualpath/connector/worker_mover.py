@@ -45,6 +45,8 @@ class WorkerMover:
         self._process = MoverProcess(spec)
         self._staging: Staging | None = None
         self._named: Set[bytes] = frozenset()
+        self._retiring = False
+        """Somebody waits until no step names the last mover any more."""
         self._scheduler_boot: bytes | None = None
         self._last_step_s = self._lost_s = time.monotonic()
         self._gone: bytes | None = None
@@ -58,8 +60,10 @@ class WorkerMover:
 
         The mapping of a mover that the step names stays until ``end_step``.
         """
+        self._last_step_s = time.monotonic()
+        if not boot_ids and scheduler_boot == self._scheduler_boot and not self._retiring:
+            return  # as nearly every step: nothing changes for anybody
         with self._changed:
-            self._last_step_s = time.monotonic()
             self._scheduler_boot = scheduler_boot
             self._named = boot_ids
             self._changed.notify_all()
@@ -100,6 +104,7 @@ class WorkerMover:
         self._process.ensure_running()
 
     def attached(self, attached: Attached, fds: list[int]) -> None:
+        self._retiring = False
         staging = Staging(attached, fds[0], self._geometry, self._caches, self._engine)
         with self._changed:
             self._staging = staging
@@ -125,6 +130,7 @@ class WorkerMover:
         The scheduler side loses its connection when we lose ours. It says so in its next step;
         where there are no steps, nothing it ordered before is on its way any more.
         """
+        self._retiring = True
         with self._changed:
             while self._staging is not None and not self._closing:
                 moved_on = (

@@ -106,8 +106,8 @@ class TransferBook:
         else:
             transfer.on_cut(num_hit_blocks)
 
-    def end(self, key: TransferKey, drain: bool) -> None:
-        """End, withdraw, or confirm what has ended before."""
+    def end(self, key: TransferKey, drain: bool, *, staged: bool) -> None:
+        """End, withdraw, or confirm what has ended before. ``staged``: see ``End``."""
         withdraw = self._waiting.pop(key, None)
         if withdraw is not None:
             withdraw()
@@ -116,7 +116,7 @@ class TransferBook:
             self._bury(key)
             self.ports.tell_router(Ended(key))
         else:
-            transfer.on_end(drain)
+            transfer.on_end(drain, staged=staged)
 
     def peer_died(self, boot_id: bytes) -> None:
         """A mover left the cluster. Only a dead process is proof that it writes no more."""

@@ -236,7 +236,7 @@ class Mover:
             case Cut():
                 self._book.cut(message.key, message.num_hit_blocks)
             case End():
-                self._book.end(message.key, message.drain)
+                self._book.end(message.key, message.drain, staged=message.staged)
             case PeerDied():
                 self._book.peer_died(message.boot_id)
                 self._peers.left(message.boot_id)

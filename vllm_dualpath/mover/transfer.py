@@ -59,7 +59,9 @@ class Transfer(ABC):
         """A put failed under way: nothing we say now proves that its bytes do not arrive later."""
         self._peer_stopped = False
         self._uncertain = False
-        """The router was lost between the grant and ``Stage``: the peer may have been told."""
+        """No ``Stage`` came before the end, but the peer may have been told: the router is lost, or
+        says that it sent one.
+        """
         self._cut_owed = False
         self.closed = False
 
@@ -103,10 +105,11 @@ class Transfer(ABC):
         self._cut_owed = True
         self._progress()
 
-    def on_end(self, drain: bool) -> None:
-        """The router is done with this transfer."""
+    def on_end(self, drain: bool, *, staged: bool) -> None:
+        """The router is done with this transfer. ``staged``: a ``Stage`` was sent to somebody."""
         if self._ending and (drain or not self._drain):
             return
+        self._uncertain |= staged and self._stage is None
         self._ending = True
         self._drain = drain
         if self._reader is not None:
@@ -115,8 +118,7 @@ class Transfer(ABC):
 
     def on_router_lost(self) -> None:
         """Nobody will say ``End`` any more."""
-        self._uncertain = self._stage is None
-        self.on_end(drain=False)
+        self.on_end(drain=False, staged=True)
 
     # --- events from the engine ------------------------------------------------------------------
 

@@ -124,6 +124,7 @@ class Transfer:
         self._state_since_s = self.opened_s
         self._last_message_s = self.opened_s
         self._decode_slots: tuple[int, ...] = ()
+        self._staged = False
         self._changed = asyncio.Event()
         self._open_sides = {prefill.boot_id: prefill, decode.boot_id: decode}
         self._unended = dict(self._open_sides)
@@ -254,6 +255,7 @@ class Transfer:
             self._send(self.prefill, Reserve(self.key, "prefill", self.prompt.num_tokens, peer))
         elif not from_decode and self.state is State.RESERVING_PREFILL:
             self._enter(State.STAGING)
+            self._staged = True
             decode, prefill = self._decode_slots, message.slots
             self._send(self.prefill, self._stage("prefill", peer=_peer(self.decode, decode)))
             self._send(self.decode, self._stage("decode", peer=_peer(self.prefill, prefill)))
@@ -294,7 +296,7 @@ class Transfer:
         if not asked:
             self._unended.pop(engine.boot_id, None)
             return
-        self._send(engine, End(self.key, drain, reason))
+        self._send(engine, End(self.key, drain, reason, self._staged))
 
     @property
     def state_reached_prefill(self) -> bool:

@@ -93,9 +93,10 @@ def test_single_figures(record: dict[str, object]) -> None:
     """What is no ratio is there as well, and possible."""
     assert isinstance(record["crc32c_gb_per_s"], float)
     assert record["crc32c_gb_per_s"] > 0
-    idle = record["idle_cpu_percent"]
-    assert isinstance(idle, float)
-    assert 0 <= idle <= 100
+    for rest in ("idle_cpu_percent", "stalled_cpu_percent"):
+        share = record[rest]
+        assert isinstance(share, float), rest
+        assert 0 <= share <= 100, rest
     latency = record["latency_us"]
     assert isinstance(latency, dict)
     for each in latency.values():

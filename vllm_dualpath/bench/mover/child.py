@@ -26,6 +26,7 @@ ROLES = {
     "storage": "side_storage:Storage",
     "copies": "side_copies:Copies",
     "movers": "side_movers:Movers",
+    "stalled-movers": "side_stalled:StalledMovers",
 }
 
 

@@ -113,6 +113,13 @@ class MoverProcess:
         fields = {name: getattr(self.hello, name) for name in names}
         return Peer(**fields, staging_address=self.hello.staging_address, slots=slots)
 
+    def end_now(self) -> None:
+        """End it by force."""
+        self._process.kill()
+        self._process.wait()
+        for link in self._links:
+            link.close()
+
     def close(self) -> None:
         """End it, by force if it does not go."""
         for link in self._links:

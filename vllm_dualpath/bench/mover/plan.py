@@ -38,7 +38,7 @@ class Plan:
     def planned_s(self) -> float:
         """Of the measuring itself; starting processes comes on top."""
         parts = (self.puts, self.storage, self.copies, self.staging)
-        return sum(part.seconds for part in parts) + self.idle_s
+        return sum(part.seconds for part in parts) + 2 * self.idle_s
 
 
 def full_plan(directory: Path, nixl_path: Path | None, pin: bool) -> Plan:

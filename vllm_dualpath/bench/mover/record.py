@@ -117,6 +117,7 @@ def make_record(measured: Measured) -> dict[str, Any]:
             "read_gb_per_s": gb_per_s(measured.staging.num_bytes, measured.staging.seconds["read"]),
         },
         "idle_cpu_percent": 100 * measured.staging.idle_cpu_share,
+        "stalled_cpu_percent": 100 * measured.staging.stalled_cpu_share,
         "latency_us": {
             **{f"notice_{link}": asdict(each) for link, each in measured.notices.items()},
             "read_to_callback": asdict(measured.callback),

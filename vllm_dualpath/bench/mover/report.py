@@ -11,6 +11,7 @@ from rich.table import Table
 
 from vllm_dualpath.bench.mover.plan import Plan
 from vllm_dualpath.bench.mover.run import Measured, measure
+from vllm_dualpath.bench.mover.staging import NUM_STALLED
 
 _PART = TextColumn("bench mover: {task.fields[part]}")
 
@@ -112,7 +113,10 @@ def _caption(record: dict[str, Any]) -> str:
         f" {record['crc32c_from_memory_gb_per_s']:.1f} from memory; a checked read runs at"
         f" {checked['median']:.2f} ({checked['low']:.2f}-{checked['high']:.2f}) of the speed of"
         " one without",
-        f"an idle mover uses {record['idle_cpu_percent']:.2f} % of a core; us, p50/p99: "
+        f"an idle mover uses {record['idle_cpu_percent']:.2f} % of a core,"
+        f" {record['stalled_cpu_percent']:.2f} % while {NUM_STALLED} transfers wait for a store"
+        " that hangs",
+        "us, p50/p99: "
         + ", ".join(
             f"{name.replace('_', ' ')} {each['p50']:.0f}/{each['p99']:.0f}"
             for name, each in record["latency_us"].items()

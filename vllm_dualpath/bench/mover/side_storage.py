@@ -10,7 +10,7 @@ import mmap
 import os
 import select
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,12 @@ _PARENT = bytes(32)
 _PROGRESS_S = 30.0
 
 Request = ReadBlock | WriteBlock
+
+
+def block_files(directory: Path, hashes: Sequence[bytes]) -> list[Path]:
+    """Where a store in ``directory`` keeps these blocks."""
+    root = directory / FINGERPRINT.hex()
+    return [root / h.hex()[:2] / h.hex()[2:4] / h.hex() for h in hashes]
 
 
 class Storage:
@@ -56,10 +62,8 @@ class Storage:
 
     def files(self) -> list[str]:
         """The blocks to read, as files."""
-        names = [block_hash.hex() for block_hash in block_hashes("kept", self._num_blocks)]
-        return [
-            str(self._directory / FINGERPRINT.hex() / name[:2] / name[2:4] / name) for name in names
-        ]
+        hashes = block_hashes("kept", self._num_blocks)
+        return [str(file) for file in block_files(self._directory, hashes)]
 
     def read(self, verify: bool = True) -> float:
         """Seconds to read every block once."""

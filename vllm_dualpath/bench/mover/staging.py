@@ -16,6 +16,7 @@ from vllm_dualpath.bench.processes import ProcessGuard
 SHAPE = "deepseek-v3.2"
 """Blocks small enough that a prompt has many of them, and of odd sizes."""
 
+NUM_STALLED = 100
 _WARM_UP = 3  # the first transfers touch the staging memory for the first time
 _START_S = 90.0
 
@@ -28,6 +29,8 @@ class StagingResult:
     num_bytes: int = 0
     idle_cpu_share: float = 0.0
     """Of one core, of the busier of two movers."""
+    stalled_cpu_share: float = 0.0
+    """As ``idle_cpu_share``, while ``NUM_STALLED`` transfers wait for a store that hangs."""
 
 
 def measure_staging(
@@ -56,7 +59,19 @@ def measure_staging(
                 result.seconds.setdefault(what, []).append(child.call(what))
         result.idle_cpu_share = child.call("idle_cpu_share", idle_s)
         child.call("close")
+        result.stalled_cpu_share = _measure_stalled(idle_s, guard, logs)
     finally:
         child.close()
         shutil.rmtree(directory, ignore_errors=True)
     return result
+
+
+def _measure_stalled(idle_s: float, guard: ProcessGuard, logs: Path) -> float:
+    child = Child("stalled-movers", logs / "stalled-movers.log", guard)
+    try:
+        child.call("open", NUM_STALLED, timeout_s=_START_S)
+        share: float = child.call("cpu_share", idle_s)
+        child.call("close")
+    finally:
+        child.close()
+    return share
