@@ -1,4 +1,5 @@
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -204,6 +205,76 @@ class CudaCopies:
     def hold(self, stream: int, mark: CudaMark, timeout_s: float) -> bool: ...
     def wait(self, mark: CudaMark, timeout_s: float) -> bool: ...
     def close(self, timeout_s: float) -> bool: ...
+
+class SimPrefillCost:
+    step_s: float
+    token_s: float
+    pair_s: float
+    selected_pair_s: float
+    selected: int
+    cache_tokens: int
+    def attention_s(self, num_cached: int, num_new: int) -> float: ...
+
+class SimDecodeCost:
+    step_s: float
+    request_s: float
+    token_s: float
+    selected_token_s: float
+    selected: int
+    cache_tokens: int
+    def context_s(self, context: int) -> float: ...
+
+class SimShape:
+    num_prefill_nodes: int
+    num_decode_nodes: int
+    engines_per_node: int
+    prefill_group_nodes: int
+    decode_group_nodes: int
+    storage_bytes_per_s: float
+    engine_nic_bytes_per_s: float
+    staging_bytes: int
+
+class SimSwitches:
+    oracle: bool
+    layerwise: bool
+    prefill_stages_all: bool
+    persist: bool
+
+class SimSettings:
+    kv_bytes_per_token: int
+    block_tokens: int
+    quota_s: float
+    tool_time_s: float
+    window_s: float
+    report_every_s: float
+    stop_s: float
+    measure_from_s: float
+    measure_until_s: float
+    seed: int
+    policy: PolicyParameters
+    def __init__(self) -> None: ...
+    @property
+    def shape(self) -> SimShape: ...
+    @property
+    def prefill(self) -> SimPrefillCost: ...
+    @property
+    def decode(self) -> SimDecodeCost: ...
+    @property
+    def switches(self) -> SimSwitches: ...
+    def set_curve(self, tokens_per_s: float, s_per_token_pair: float) -> None: ...
+    def add_fault(
+        self, kind: str, node: int, at_s: float, factor: float, until_s: float
+    ) -> None: ...
+
+def simulate(
+    settings: SimSettings,
+    offsets: npt.NDArray[np.int64],
+    append_tokens: npt.NDArray[np.int32],
+    generated_tokens: npt.NDArray[np.int32],
+    trajectory: npt.NDArray[np.int32],
+    first_tokens: npt.NDArray[np.int32],
+    arrival_s: npt.NDArray[np.float64],
+) -> dict[str, Any]: ...
 
 NO_LIMIT: int
 

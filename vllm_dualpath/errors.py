@@ -15,6 +15,7 @@
      |-- StagingFull               no slots now and the caller asked not to wait
      |-- SyncLoadFailed            a forward pass reads KV that was not loaded; ends the engine
      |-- LaunchError               a process of a local cluster did not start or ended early
+     |-- SimulationStalled         faults left agents that no simulated engine can serve
      |-- RequestError              a server refused a request or answered something else
      `-- NativeUnavailable         the compiled core or a library it needs is missing
 
@@ -84,6 +85,10 @@ class SyncLoadFailed(DualPathError):
 
 class LaunchError(DualPathError):
     """A process of a local cluster did not become ready, or ended before it was told to."""
+
+
+class SimulationStalled(DualPathError):
+    """Agents of a simulation are left that nothing will ever wake: no usable engine for them."""
 
 
 class RequestError(DualPathError):

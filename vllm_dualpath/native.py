@@ -42,6 +42,8 @@ UcxError = _native.UcxError
 PeerClosedError = _native.PeerClosedError
 RawPutLoop = _native.RawPutLoop
 RawPutTarget = _native.RawPutTarget
+SimSettings = _native.SimSettings
+simulate = _native.simulate
 ClusterView = _native.ClusterView
 EngineState = _native.EngineState
 NodeState = _native.NodeState
@@ -76,6 +78,7 @@ __all__ = [
     "ReadPath",
     "ReadRate",
     "Role",
+    "SimSettings",
     "TcpEngine",
     "TcpError",
     "UcxEngine",
@@ -93,6 +96,7 @@ __all__ = [
     "crc32c_portable",
     "load_ucx",
     "parse_ucx_transports",
+    "simulate",
     "stream_copy_implementation",
     "ucx_candidates",
     "ucx_report",

@@ -10,6 +10,7 @@ void bind_copy(pybind11::module_& module);
 void bind_memory(pybind11::module_& module);
 void bind_policy(pybind11::module_& module);
 void bind_raw_puts(pybind11::module_& module);
+void bind_sim(pybind11::module_& module);
 void bind_tcp(pybind11::module_& module);
 void bind_ucx(pybind11::module_& module);
 

@@ -25,6 +25,7 @@ PYBIND11_MODULE(_native, module) {
     dualpath::bind_copy(module);
     dualpath::bind_memory(module);
     dualpath::bind_policy(module);
+    dualpath::bind_sim(module);
     dualpath::bind_tcp(module);
     dualpath::bind_ucx(module);
     dualpath::bind_raw_puts(module);

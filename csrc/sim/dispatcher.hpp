@@ -1,0 +1,59 @@
+// The router's part: requests in order, the policy's view of the cluster, and its decisions.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <optional>
+
+#include "policy/policy.hpp"
+#include "sim/settings.hpp"
+
+namespace dualpath::sim {
+
+class Dispatcher {
+  public:
+    struct Waiting {
+        std::uint32_t agent;
+        policy::Request request;
+    };
+    struct Answer {
+        Waiting waiting;
+        policy::Decision decision;  // placed or impossible
+    };
+
+    explicit Dispatcher(const Settings& settings);
+
+    void enqueue(const Waiting& waiting);
+    // The head of the line, if it is placed (and charged to the view) or can never be.
+    std::optional<Answer> next();
+
+    // What a placed request weighs is taken back part by part as its work ends.
+    void end_read(const policy::Decision& decision, std::size_t segment);
+    void end_prefill(const policy::Decision& decision, std::int64_t prompt, std::int64_t computed);
+    void end_decode(const policy::Decision& decision, std::int64_t prompt, std::int64_t room);
+    void lose_node(std::uint32_t node);
+    void set_read_rate(std::uint32_t node, double tokens_per_s);
+
+    // Engine numbers: neighbours are on different nodes, so that ties do not pile up on one.
+    std::uint32_t node_of(std::uint32_t engine) const { return view_.engines[engine].node; }
+    bool is_usable(std::uint32_t engine) const { return view_.engines[engine].usable; }
+    std::uint32_t num_prefill_engines() const { return num_prefill_engines_; }
+    std::size_t num_waiting() const { return waiting_.size(); }
+    std::uint64_t num_decisions() const { return num_decisions_; }
+    const policy::ClusterView& view() const { return view_; }
+
+  private:
+    void add_engines(const Settings& settings, policy::Role role);
+
+    policy::ClusterView view_;
+    policy::Policy policy_;
+    policy::WaitingLine line_;
+    std::deque<Waiting> waiting_;
+    std::uint32_t num_prefill_engines_;
+    std::uint32_t block_tokens_;
+    std::uint64_t num_placed_ = 0;
+    std::uint64_t num_decisions_ = 0;
+    bool blocked_ = false;  // the head was refused, and nothing has changed since
+};
+
+}  // namespace dualpath::sim

@@ -1,0 +1,1 @@
+"""Discrete-event simulator of a cluster, running the same policy code as the router."""
