@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from vllm_dualpath.bench.hooks.idle import BatchCost, IdleOverhead
-from vllm_dualpath.bench.hooks.report import hook_table, idle_line, to_json
+from vllm_dualpath.bench.hooks.report import IDLE_RATIOS, hook_table, idle_line, to_json
 from vllm_dualpath.bench.hooks.timing import time_hooks
 from vllm_dualpath.cli.main import main
 from vllm_dualpath.errors import LaunchError
@@ -39,7 +39,7 @@ def test_command_writes_every_hook_and_size(tmp_path: Path, monkeypatch, capsys)
     for size in report["pages"].values():
         assert set(size["hooks"]) == HOOKS
         assert size["cpu_us_a_layer_and_step"] > 0
-    assert report["ratios"] == {"idle_vs_plain": None, "idle_cpu_vs_plain": None}
+    assert report["ratios"] == dict.fromkeys(IDLE_RATIOS)
     assert "save_kv_layer" in capsys.readouterr().out
 
 
@@ -53,7 +53,7 @@ def test_idle_overhead_in_a_sentence_and_in_json() -> None:
     """A median over pairs, with its interval and its samples."""
     plain = tuple(BatchCost(seconds, 1.0) for seconds in (1.0, 2.0, 4.0))
     ours = tuple(BatchCost(seconds, 0.99) for seconds in (1.01, 2.02, 4.04))
-    idle = IdleOverhead(plain, ours)
+    idle = IdleOverhead(plain, plain, ours)
     line = idle_line(idle)
     assert "+1.00 % (95 % interval" in line
     assert "-1.00 % (95 % interval" in line

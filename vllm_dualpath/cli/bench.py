@@ -80,7 +80,7 @@ def mover(
     ] = True,
 ) -> None:
     """Measure storage, transport, checksums and copies beside what one would take instead."""
-    plan = (short_plan if short else full_plan)(directory, nixl_path, pin)
+    plan = (short_plan if short else full_plan)(directory.resolve(), nixl_path, pin)
     record = make_record(measure_with_progress(plan, Console(stderr=True)))
     if json_path is not None:
         json_path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -104,14 +104,18 @@ class DualPathConnector(KVConnectorBase_V1):
         assert isinstance(connector_metadata, DualPathMetadata)
         self._worker.bind(connector_metadata)
 
+    def has_connector_metadata(self) -> bool:
+        """Asked in every layer, whose hooks are called where it says yes: most steps have nothing
+        for them.
+        """
+        worker = self._worker_side
+        return worker is not None and bool(worker.side.load_marks or worker.side.step.saves)
+
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:  # noqa: ARG002
         self._worker.start_loads()
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        # In every layer of every step, most of which load nothing.
-        worker = self._worker_side
-        if worker is not None and worker.side.load_marks:
-            worker.wait_for_layer(layer_name)
+        self._worker.wait_for_layer(layer_name)
 
     def save_kv_layer(
         self,
@@ -120,9 +124,7 @@ class DualPathConnector(KVConnectorBase_V1):
         attn_metadata: AttentionMetadata,  # noqa: ARG002 # pages are known without it
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
-        worker = self._worker_side
-        if worker is not None and worker.side.step.saves:
-            worker.save_layer(layer_name)
+        self._worker.save_layer(layer_name)
 
     def wait_for_save(self) -> None:
         self._worker.finish_saves()

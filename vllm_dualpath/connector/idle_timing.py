@@ -1,9 +1,10 @@
 """What the connector costs an engine that loads and stores nothing: ``python -m`` this, JSON comes
 out.
 
-One engine in this process runs batches in turn with its connector and with that taken out of it.
+One engine in this process runs batches in turn with its connector and without.
 Two engines would not do: two processes of the same plain vLLM differ by far more than what is
-looked for, in how their memory happens to lie. No prompt repeats, and there are no slots to store
+looked for, in how their memory happens to lie. A third way, with a connector that does nothing,
+shows what vLLM itself does for any of them. No prompt repeats, and there are no slots to store
 anything from. Run by ``vllm-dualpath bench hooks``.
 """
 
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class IdleRig:
         self._vocab: int = self._llm.llm_engine.model_config.get_vocab_size()
 
     def batch(self, seed: int, num_requests: int, prompt_tokens: int, num_tokens: int) -> float:
-        """CPU and wall seconds of one batch of prompts nobody saw before."""
+        """Wall seconds of one batch of prompts nobody saw before."""
         rng = random.Random(seed)
         prompts = [
             {"prompt_token_ids": [rng.randrange(3, self._vocab) for _ in range(prompt_tokens)]}
@@ -78,17 +79,24 @@ class IdleRig:
         return time.perf_counter() - started
 
     @contextmanager
-    def without_connector(self) -> Iterator[None]:
-        """As plain vLLM is: neither the scheduler nor the worker knows of a connector."""
+    def connector_replaced(self, scheduler_side: Any, worker_side: Any) -> Iterator[None]:
+        """Another connector, or ``None`` as in plain vLLM, which must not be told apart later."""
         scheduler, state = self._scheduler, self._worker_state
-        connector, agent = scheduler.connector, state._KV_CONNECTOR_AGENT
-        assert connector is not None
-        assert agent is not None
-        scheduler.connector = state._KV_CONNECTOR_AGENT = None
+        mine = scheduler.connector, state._KV_CONNECTOR_AGENT
+        scheduler.connector, state._KV_CONNECTOR_AGENT = scheduler_side, worker_side
         try:
             yield
         finally:
-            scheduler.connector, state._KV_CONNECTOR_AGENT = connector, agent
+            scheduler.connector, state._KV_CONNECTOR_AGENT = mine
+
+    def arms(self) -> dict[str, AbstractContextManager[None]]:
+        """Ways to run a batch, each usable once."""
+        empty = _empty_connector()
+        return {
+            "plain": self.connector_replaced(None, None),
+            "empty": self.connector_replaced(empty, empty),
+            "connector": nullcontext(),
+        }
 
     def close(self) -> None:
         """End the engine and its mover."""
@@ -96,22 +104,54 @@ class IdleRig:
         self._scheduler.connector.shutdown()
 
 
+def _empty_connector() -> Any:
+    """A connector that does nothing: what remains is vLLM's own work for any connector."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+        KVConnectorBase_V1,
+        KVConnectorMetadata,
+    )
+
+    class Empty(KVConnectorBase_V1):
+        def __init__(self) -> None:
+            self._connector_metadata = None
+
+        def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None: ...
+
+        def wait_for_layer_load(self, layer_name: str) -> None: ...
+
+        def save_kv_layer(
+            self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
+        ) -> None: ...
+
+        def wait_for_save(self) -> None: ...
+
+        def get_num_new_matched_tokens(self, request: Any, num_computed: int) -> tuple[int, bool]:  # noqa: ARG002
+            return 0, False
+
+        def update_state_after_alloc(
+            self, request: Any, blocks: Any, num_external: int
+        ) -> None: ...
+
+        def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:  # noqa: ARG002
+            return KVConnectorMetadata()
+
+    return Empty()
+
+
 def measure(rig: IdleRig, num_rounds: int, batch: tuple[int, int, int]) -> dict[str, list[Any]]:
-    """``num_rounds`` batches with and without, in the order A B B A; each its wall and CPU time."""
-    costs: dict[str, list[Any]] = {"plain": [], "connector": []}
+    """``num_rounds`` batches in each way, in an order that is turned round each time; each its wall
+    and CPU time.
+    """
+    costs: dict[str, list[Any]] = {which: [] for which in rig.arms()}
     gc.collect()
     gc.freeze()
     gc.disable()  # a collection would fall into one batch or the other
     for round_idx in range(_NUM_WARM_ROUNDS + num_rounds):
-        order = ("plain", "connector") if round_idx % 2 else ("connector", "plain")
-        for turn, which in enumerate(order):
-            seed = 2 * round_idx + turn
+        arms = list(rig.arms().items())
+        for turn, (which, arm) in enumerate(arms[:: 1 if round_idx % 2 else -1]):
             cpu_s = time.process_time()
-            if which == "plain":
-                with rig.without_connector():
-                    seconds = rig.batch(seed, *batch)
-            else:
-                seconds = rig.batch(seed, *batch)
+            with arm:
+                seconds = rig.batch(len(arms) * round_idx + turn, *batch)
             cost = {"seconds": seconds, "cpu_s": time.process_time() - cpu_s}
             if round_idx >= _NUM_WARM_ROUNDS:
                 costs[which].append(cost)

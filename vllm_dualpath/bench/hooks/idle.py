@@ -1,7 +1,7 @@
 """What an engine with the connector loses against itself without it, with nothing to load or store.
 
 Measured by the connector itself, which alone may import vllm, in a process of its own: one engine,
-its connector taken out for every other batch (``vllm_dualpath.connector.idle_timing``).
+whose connector is there for one batch in three (``vllm_dualpath.connector.idle_timing``).
 """
 
 from __future__ import annotations
@@ -43,20 +43,21 @@ class BatchCost:
 
 @dataclass(frozen=True, slots=True)
 class IdleOverhead:
-    """Batches with and without the connector, round by round."""
+    """Batches of three kinds, round by round."""
 
     plain: tuple[BatchCost, ...]
+    empty: tuple[BatchCost, ...]
+    """With a connector that does nothing: what vLLM does for any."""
     connector: tuple[BatchCost, ...]
 
-    @property
-    def ratio(self) -> Ratio:
-        """The time of a batch with the connector by that without it."""
-        return paired_ratio([b.seconds for b in self.connector], [b.seconds for b in self.plain])
-
-    @property
-    def cpu_ratio(self) -> Ratio:
-        """As ``ratio``, of CPU time: what others do on the machine is not in it."""
-        return paired_ratio([b.cpu_s for b in self.connector], [b.cpu_s for b in self.plain])
+    def ratios(self) -> dict[str, Ratio]:
+        """Time and CPU time of a batch with the connector, by those without it."""
+        ours, plain, empty = self.connector, self.plain, self.empty
+        return {
+            "idle_vs_plain": paired_ratio([b.seconds for b in ours], [b.seconds for b in plain]),
+            "idle_cpu_vs_plain": paired_ratio([b.cpu_s for b in ours], [b.cpu_s for b in plain]),
+            "idle_cpu_vs_empty": paired_ratio([b.cpu_s for b in ours], [b.cpu_s for b in empty]),
+        }
 
 
 def measure_idle(num_rounds: int, load: Load | None = None) -> IdleOverhead:
@@ -89,7 +90,5 @@ def measure_idle(num_rounds: int, load: Load | None = None) -> IdleOverhead:
         end = done.stderr[-_MAX_ERROR_CHARS:]
         raise LaunchError(f"idle timing: ended with exit code {done.returncode}:\n{end}")
     costs = json.loads(done.stdout.splitlines()[-1])
-    plain, ours = (
-        tuple(BatchCost(**each) for each in costs[which]) for which in ("plain", "connector")
-    )
-    return IdleOverhead(plain, ours)
+    kinds = {kind: tuple(BatchCost(**each) for each in batches) for kind, batches in costs.items()}
+    return IdleOverhead(**kinds)

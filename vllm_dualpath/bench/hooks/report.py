@@ -12,6 +12,8 @@ from vllm_dualpath.bench.hooks.idle import IdleOverhead
 from vllm_dualpath.bench.hooks.timing import LIMIT_US, StepTiming
 from vllm_dualpath.bench.mover.pairing import Ratio
 
+IDLE_RATIOS = ("idle_vs_plain", "idle_cpu_vs_plain", "idle_cpu_vs_empty")
+
 
 def to_json(timings: Sequence[StepTiming], idle: IdleOverhead | None) -> dict[str, Any]:
     """Plain types: microseconds and seconds; ``idle`` is null where it was not measured."""
@@ -25,16 +27,13 @@ def to_json(timings: Sequence[StepTiming], idle: IdleOverhead | None) -> dict[st
         for timing in timings
     }
     if idle is None:
-        return {"pages": steps, "ratios": {"idle_vs_plain": None, "idle_cpu_vs_plain": None}}
-    ratios = {"idle_vs_plain": idle.ratio, "idle_cpu_vs_plain": idle.cpu_ratio}
+        return {"pages": steps, "ratios": dict.fromkeys(IDLE_RATIOS)}
+    ratios = idle.ratios()
     return {
         "pages": steps,
         "ratios": {name: ratio.median for name, ratio in ratios.items()},
         "intervals": {name: ratio.to_json() for name, ratio in ratios.items()},
-        "samples": {
-            "plain": [asdict(batch) for batch in idle.plain],
-            "connector": [asdict(batch) for batch in idle.connector],
-        },
+        "samples": asdict(idle),
     }
 
 
@@ -66,10 +65,12 @@ def hook_table(timings: Sequence[StepTiming]) -> Table:
 
 def idle_line(idle: IdleOverhead) -> str:
     """One sentence."""
+    percents = {name: _percent(ratio) for name, ratio in idle.ratios().items()}
     return (
         "a batch without hits or transfers takes, against plain vLLM,"
-        f" {_percent(idle.ratio)} of time and {_percent(idle.cpu_ratio)} of CPU time"
-        f" ({idle.ratio.num_pairs} pairs)"
+        f" {percents['idle_vs_plain']} of time and {percents['idle_cpu_vs_plain']} of CPU time;"
+        f" against a connector that does nothing {percents['idle_cpu_vs_empty']} of CPU time"
+        f" ({len(idle.plain)} rounds)"
     )
 
 
