@@ -123,6 +123,14 @@ class EngineConfig(_Frozen):
     runtime_dir: Path | None = Field(
         None, description="sockets and locks; default under /tmp, by uid"
     )
+    profile: Path | None = Field(
+        None,
+        description="what vllm-dualpath profile wrote: with --scheduler-cls of ours, steps are"
+        " filled up to quota_s of attention",
+    )
+    quota_s: float = Field(
+        0.3, gt=0, description="predicted seconds of attention a step; counts with a profile"
+    )
     keys: Path | None = Field(None, description="CURVE key directory; required off loopback")
     insecure: bool = Field(False, description="allow unauthenticated control off loopback")
     deadlines: Deadlines = Field(default_factory=Deadlines)  # type: ignore[arg-type]
