@@ -198,12 +198,16 @@ class RouterConfig(_Frozen):
     prefill_tokens_per_s: float | None = Field(
         None,
         gt=0,
-        description="what a prefill engine computes; without it beta does not count",
+        description="what a prefill engine computes; default: the profile's; without either beta"
+        " does not count",
+    )
+    profile: Path | None = Field(
+        None, description="what vllm-dualpath profile wrote: rates of computing and of reading"
     )
     recompute: bool = Field(
         False,
         description="do not read the end of a hit that is computed sooner than read; needs"
-        " prefill_tokens_per_s",
+        " prefill_tokens_per_s or a profile",
     )
     queue_wait_s: float = Field(
         60.0,
@@ -232,8 +236,8 @@ class RouterConfig(_Frozen):
                 "mode 'pool' needs movers that read for others (donors), which are not built yet:"
                 " use 'split'"
             )
-        if self.recompute and self.prefill_tokens_per_s is None:
-            raise ValueError("recompute needs prefill_tokens_per_s")
+        if self.recompute and self.prefill_tokens_per_s is None and self.profile is None:
+            raise ValueError("recompute needs prefill_tokens_per_s or a profile")
         require_security(self.control, self.keys, self.insecure, "control")
         return self
 
