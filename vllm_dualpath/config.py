@@ -123,6 +123,14 @@ class EngineConfig(_Frozen):
     runtime_dir: Path | None = Field(
         None, description="sockets and locks; default under /tmp, by uid"
     )
+    profile: Path | None = Field(
+        None,
+        description="what vllm-dualpath profile wrote: with --scheduler-cls of ours, steps are"
+        " filled up to quota_s of attention",
+    )
+    quota_s: float = Field(
+        0.3, gt=0, description="predicted seconds of attention a step; counts with a profile"
+    )
     keys: Path | None = Field(None, description="CURVE key directory; required off loopback")
     insecure: bool = Field(False, description="allow unauthenticated control off loopback")
     deadlines: Deadlines = Field(default_factory=Deadlines)  # type: ignore[arg-type]
@@ -190,12 +198,16 @@ class RouterConfig(_Frozen):
     prefill_tokens_per_s: float | None = Field(
         None,
         gt=0,
-        description="what a prefill engine computes; without it beta does not count",
+        description="what a prefill engine computes; default: the profile's; without either beta"
+        " does not count",
+    )
+    profile: Path | None = Field(
+        None, description="what vllm-dualpath profile wrote: rates of computing and of reading"
     )
     recompute: bool = Field(
         False,
         description="do not read the end of a hit that is computed sooner than read; needs"
-        " prefill_tokens_per_s",
+        " prefill_tokens_per_s or a profile",
     )
     queue_wait_s: float = Field(
         60.0,
@@ -224,8 +236,8 @@ class RouterConfig(_Frozen):
                 "mode 'pool' needs movers that read for others (donors), which are not built yet:"
                 " use 'split'"
             )
-        if self.recompute and self.prefill_tokens_per_s is None:
-            raise ValueError("recompute needs prefill_tokens_per_s")
+        if self.recompute and self.prefill_tokens_per_s is None and self.profile is None:
+            raise ValueError("recompute needs prefill_tokens_per_s or a profile")
         require_security(self.control, self.keys, self.insecure, "control")
         return self
 

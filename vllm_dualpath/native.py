@@ -50,6 +50,7 @@ NodeState = _native.NodeState
 Placement = _native.Placement
 PolicyCore = _native.PolicyCore
 PolicyParameters = _native.PolicyParameters
+PrefillCurve = _native.PrefillCurve
 ReadPath = _native.ReadPath
 ReadRate = _native.ReadRate
 Role = _native.Role
@@ -73,6 +74,7 @@ __all__ = [
     "Placement",
     "PolicyCore",
     "PolicyParameters",
+    "PrefillCurve",
     "RawPutLoop",
     "RawPutTarget",
     "ReadPath",

@@ -60,7 +60,19 @@ void add_load(ClusterView& view, std::size_t index, std::int64_t num_requests,
     if (engine.free_kv_tokens != kNoLimit) engine.free_kv_tokens -= room_tokens;
 }
 
+PrefillCurve make_curve(double tokens_per_s, double s_per_token_pair) {
+    if (!(tokens_per_s > 0) || !(s_per_token_pair >= 0)) {
+        throw std::invalid_argument(
+            "a prefill curve: expected tokens_per_s > 0 and s_per_token_pair >= 0, found " +
+            std::to_string(tokens_per_s) + " and " + std::to_string(s_per_token_pair));
+    }
+    return {tokens_per_s, s_per_token_pair};
+}
+
 void bind_view(py::module_& module) {
+    py::class_<PrefillCurve>(module, "PrefillCurve")
+        .def(py::init(&make_curve), py::arg("tokens_per_s"), py::arg("s_per_token_pair"))
+        .def("seconds", &PrefillCurve::seconds, py::arg("cached_tokens"), py::arg("new_tokens"));
     py::class_<ClusterView>(module, "ClusterView")
         .def(py::init([](std::vector<NodeState> nodes, std::vector<EngineState> engines) {
                  auto view = std::make_unique<ClusterView>();

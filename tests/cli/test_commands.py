@@ -38,6 +38,10 @@ def run(*arguments: str) -> int:
         (["up", "--model", "M", "--store", "file:///nonexistent"], "mkdir"),
         (["model", "tiny", "--vocab", "3", "--out", "/nonexistent"], "vocab"),
         (["bench", "replay", "--append", "9-5"], "append"),
+        (["profile", "M", "--out", "/nonexistent/p.json"], "found no /nonexistent"),
+        (["profile", "M", "--store", "file:///nonexistent"], "/nonexistent"),
+        (["router", "--profile", "/nonexistent/p.json"], "cannot be read"),
+        (["router", "--recompute"], "or a profile"),
     ],
 )
 def test_wrong_configuration_is_one_message_and_exit_code_2(

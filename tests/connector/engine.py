@@ -30,7 +30,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
@@ -216,8 +215,8 @@ class Engine:
         self.worker.register_kv_caches(self.caches)
         init_none_hash(sha256)
         self._hasher = get_request_block_hasher(PAGE_TOKENS, sha256)
-        scheduler_class = AsyncScheduler if is_async else Scheduler
-        self.scheduler = scheduler_class(
+        scheduler_class = self.config.scheduler_config.get_scheduler_cls()
+        self.scheduler: Scheduler = scheduler_class(
             vllm_config=self.config,
             kv_cache_config=self.cache_config,
             structured_output_manager=StructuredOutputManager(self.config),

@@ -8,7 +8,19 @@ from collections.abc import Sequence
 import typer
 
 from vllm_dualpath import __version__
-from vllm_dualpath.cli import bench, doctor, keys, model, mover, plan, router, serve, simulate, up
+from vllm_dualpath.cli import (
+    bench,
+    doctor,
+    keys,
+    model,
+    mover,
+    plan,
+    profile,
+    router,
+    serve,
+    simulate,
+    up,
+)
 from vllm_dualpath.errors import ConfigError, DualPathError
 
 PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True}
@@ -43,6 +55,7 @@ app.command("serve", context_settings=PASS_ON)(serve.serve)
 app.command("mover", hidden=True)(mover.mover)
 app.command("keys")(keys.keys)
 app.command("doctor")(doctor.doctor)
+app.command("profile", context_settings=PASS_ON)(profile.profile)
 app.command("plan")(plan.plan)
 app.command("simulate")(simulate.simulate)
 app.add_typer(model.app, name="model")

@@ -29,6 +29,7 @@ def router(
     prefill_tokens_per_s: Annotated[
         float | None, typer.Option(help=_help("prefill_tokens_per_s"))
     ] = None,
+    profile: Annotated[Path | None, typer.Option(help=_help("profile"))] = None,
     recompute: Annotated[bool, typer.Option("--recompute", help=_help("recompute"))] = False,
     queue_wait_s: Annotated[float | None, typer.Option(help=_help("queue_wait_s"))] = None,
     keys: Annotated[Path | None, typer.Option(help=_help("keys"))] = None,
@@ -51,6 +52,7 @@ def router(
         "alpha_s": alpha_s,
         "beta_s": beta_s,
         "prefill_tokens_per_s": prefill_tokens_per_s,
+        "profile": profile,
         "recompute": recompute,
         "queue_wait_s": queue_wait_s,
         "keys": keys,

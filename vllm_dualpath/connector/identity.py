@@ -59,7 +59,7 @@ def identify(
     ``digest_cache`` is a file that remembers the digests of weight files, so that two processes of
     one engine hash them once.
     """
-    geometry, layer_names = _geometry(vllm_config, kv_cache_config, config)
+    geometry, layer_names = page_geometry(vllm_config, kv_cache_config, config.block_tokens)
     divide_staging(config, geometry, vllm_config.model_config.max_model_len)
     facts = {
         "weights": config.model_id or weights_digest(vllm_config, digest_cache),
@@ -82,13 +82,17 @@ def layer_specs(kv_cache_config: KVCacheConfig) -> dict[str, KVCacheSpec]:
     return dict.fromkeys(group.layer_names, spec)
 
 
-def _geometry(
-    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: EngineConfig
+def page_geometry(
+    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, block_tokens: int | None
 ) -> tuple[Geometry, tuple[str, ...]]:
+    """The geometry as vLLM planned it, and the layers' names. Raises ``ConfigError``.
+
+    ``block_tokens``: of a Full Block; none: the default for vLLM's block size.
+    """
     specs = layer_specs(kv_cache_config)
     first = next(iter(specs.values()))
     page_tokens = first.block_size
-    block_tokens = config.block_tokens or -(-DEFAULT_BLOCK_TOKENS // page_tokens) * page_tokens
+    block_tokens = block_tokens or -(-DEFAULT_BLOCK_TOKENS // page_tokens) * page_tokens
     if block_tokens % page_tokens:
         raise ConfigError(
             f"kv_connector_extra_config.block_tokens: expected a multiple of vLLM's block size"

@@ -11,6 +11,7 @@ from vllm_dualpath.blocks import Geometry
 from vllm_dualpath.config import EngineConfig, parse_engine_config
 from vllm_dualpath.connector.identity import ModelIdentity, identify
 from vllm_dualpath.connector.plugin import URL_VARIABLE, check_vllm_version
+from vllm_dualpath.connector.quota_scheduler import check_quota_is_used
 from vllm_dualpath.connector.unsupported import check_supported
 from vllm_dualpath.control.runtime_dir import mover_socket_path, runtime_dir
 from vllm_dualpath.errors import ConfigError
@@ -44,6 +45,8 @@ class EngineSetup:
         assert transfer is not None
         config = parse_engine_config(transfer.kv_connector_extra_config)
         check_supported(vllm_config, kv_cache_config)
+        if config.profile is not None:
+            check_quota_is_used(vllm_config)
         directory = runtime_dir(config.runtime_dir)
         rank = vllm_config.parallel_config.data_parallel_rank
         served = vllm_config.model_config.served_model_name

@@ -16,11 +16,13 @@ from vllm_dualpath.config import RouterConfig
 from vllm_dualpath.control.bus import RouterSocket
 from vllm_dualpath.errors import ConfigError
 from vllm_dualpath.policy import Policy, make_policy
+from vllm_dualpath.profile import Profile, load_profile
 from vllm_dualpath.router.cluster import Cluster
 from vllm_dualpath.router.flow import Core
 from vllm_dualpath.router.http import Handlers
 from vllm_dualpath.router.movers import Movers
 from vllm_dualpath.router.placing import Placer
+from vllm_dualpath.router.roster import EngineSpeed
 from vllm_dualpath.router.telemetry import Telemetry
 from vllm_dualpath.router.tokenize import ModelNames, Tokenizer
 from vllm_dualpath.router.upstream import Upstream
@@ -35,7 +37,8 @@ class Router:
 
     def __init__(self, config: RouterConfig) -> None:
         self.config = config
-        self.cluster = Cluster(config.prefill_tokens_per_s or 0.0)
+        self._profile = None if config.profile is None else load_profile(config.profile)
+        self.cluster = Cluster(_speed_of(config, self._profile))
         self._exit = contextlib.AsyncExitStack()
         self._failed: asyncio.Future[None] | None = None
 
@@ -65,7 +68,7 @@ class Router:
         upstream = Upstream(self.cluster)
         self._exit.push_async_callback(upstream.close)
         telemetry = Telemetry(self.cluster)
-        placer = Placer(self.cluster, _policy_of(config), telemetry, config)
+        placer = Placer(self.cluster, _policy_of(config, self._profile), telemetry, config)
         names, tokenizer = ModelNames(upstream), Tokenizer(upstream)
         core = Core(config, self.cluster, movers, upstream, placer, names, tokenizer, telemetry)
         tasks = [*movers.tasks(), asyncio.create_task(upstream.probe_forever())]
@@ -129,8 +132,22 @@ async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _policy_of(config: RouterConfig) -> Policy:
-    rate = config.prefill_tokens_per_s
+def _speed_of(config: RouterConfig, profile: Profile | None) -> EngineSpeed:
+    """A rate that was given wins over the profile's curve: it is a curve of its own."""
+    read_rate = 0.0 if profile is None else profile.read_tokens_per_s
+    if config.prefill_tokens_per_s is not None or profile is None or not profile.step.token_s:
+        return EngineSpeed(_prefill_rate(config, profile) or 0.0, 0.0, read_rate)
+    return EngineSpeed(1 / profile.step.token_s, profile.step.token_pair_s, read_rate)
+
+
+def _prefill_rate(config: RouterConfig, profile: Profile | None) -> float | None:
+    if config.prefill_tokens_per_s is not None or profile is None:
+        return config.prefill_tokens_per_s
+    return profile.prefill_tokens_per_s
+
+
+def _policy_of(config: RouterConfig, profile: Profile | None) -> Policy:
+    rate = _prefill_rate(config, profile)
     return make_policy(
         config.mode,
         alpha_s=config.alpha_s,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 
 from vllm_dualpath.messages import PROTOCOL_VERSION, Hello, Message, TransferKey
 from vllm_dualpath.router.engine import Engine, check_url
-from vllm_dualpath.router.roster import Roster
+from vllm_dualpath.router.roster import EngineSpeed, Roster
 from vllm_dualpath.router.stores import Stores
 from vllm_dualpath.router.transfer import Transfer
 
@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 class Cluster:
     """See the module's docstring."""
 
-    def __init__(self, prefill_rate: float = 0.0) -> None:
-        self._prefill_rate = prefill_rate
+    def __init__(self, speed: EngineSpeed = EngineSpeed()) -> None:  # noqa: B008 # frozen
+        self._speed = speed
         self.stores = Stores()
         self.transfers: dict[TransferKey, Transfer] = {}
         self.rejected_messages = 0
@@ -45,7 +45,7 @@ class Cluster:
     def roster(self) -> Roster:
         """The engines as they are now; another one after each change."""
         if self._roster is None:
-            self._roster = Roster(self._engines.values(), self._prefill_rate)
+            self._roster = Roster(self._engines.values(), self._speed)
         return self._roster
 
     @property

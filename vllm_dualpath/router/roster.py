@@ -5,6 +5,7 @@ sees them. Made anew when an engine comes, goes, or begins or ceases to serve.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from vllm_dualpath.messages import Hello
 from vllm_dualpath.policy import ClusterView
@@ -14,16 +15,27 @@ PairGroup = tuple[str, bytes, bytes]
 """(store, fingerprint, root): engines that may share KV. A weight reset makes another root."""
 
 
+@dataclass(frozen=True, slots=True)
+class EngineSpeed:
+    """What a prefill engine computes and a storage NIC reads, as configured; 0: not known."""
+
+    tokens_per_s: float = 0.0
+    s_per_token_pair: float = 0.0
+    read_tokens_per_s: float = 0.0
+    """Counts until an engine has measured its own."""
+
+
 class GroupView:
     """The usable engines of one group, by id, and the policy's view of them: the same order."""
 
-    def __init__(self, group: PairGroup, engines: list[Engine], prefill_rate: float) -> None:
+    def __init__(self, group: PairGroup, engines: list[Engine], speed: EngineSpeed) -> None:
         self.group = group
         self.engines = engines
         states = [engine.state(index) for index, engine in enumerate(engines)]
         self.view = ClusterView([node for node, _ in states], [engine for _, engine in states])
-        self.view.nominal_read_rate = max(engine.read_rate.rate for engine in engines)
-        self.view.set_prefill_curve(prefill_rate, 0.0)
+        measured = max(engine.read_rate.rate for engine in engines)
+        self.view.nominal_read_rate = measured or speed.read_tokens_per_s
+        self.view.set_prefill_curve(speed.tokens_per_s, speed.s_per_token_pair)
         for index, engine in enumerate(engines):
             engine.seen_in(self.view, index)
         roles = [engine.role for engine in engines]
@@ -40,12 +52,9 @@ class GroupView:
 
 
 class Roster:
-    """Owns nothing: ``Cluster`` makes one and throws it away.
+    """Owns nothing: ``Cluster`` makes one and throws it away."""
 
-    ``prefill_rate``: tokens a second that a prefill engine computes; 0: not known.
-    """
-
-    def __init__(self, engines: Iterable[Engine], prefill_rate: float) -> None:
+    def __init__(self, engines: Iterable[Engine], speed: EngineSpeed) -> None:
         self.engines = sorted(engines, key=lambda engine: engine.engine_id)
         usable = [engine for engine in self.engines if engine.usable]
         self.usable = {
@@ -57,7 +66,7 @@ class Roster:
         groups: dict[PairGroup, list[Engine]] = {}
         for engine in usable:
             groups.setdefault(group_of(engine), []).append(engine)
-        views = [GroupView(group, members, prefill_rate) for group, members in groups.items()]
+        views = [GroupView(group, members, speed) for group, members in groups.items()]
         complete = [view for view in views if view.is_complete]
         self.views = sorted(complete, key=lambda view: (-len(view.engines), view.group))
         """Groups with a prefill and a decode engine, the largest first."""

@@ -19,7 +19,7 @@ import zmq
 
 from vllm_dualpath import native
 from vllm_dualpath.bench.mover.shapes import shape_named
-from vllm_dualpath.blocks import ALIGNMENT_BYTES
+from vllm_dualpath.blocks import ALIGNMENT_BYTES, Geometry
 from vllm_dualpath.errors import StorageError
 from vllm_dualpath.storage import PosixStore, ReadBlock, WriteBlock
 
@@ -46,8 +46,13 @@ class Storage:
         self._directory = Path()
 
     def open(self, directory: str, shape: str, num_blocks: int, depth: int) -> dict[str, Any]:
+        """``open_geometry`` for the geometry of a named shape."""
+        return self.open_geometry(directory, shape_named(shape).geometry, num_blocks, depth)
+
+    def open_geometry(
+        self, directory: str, geometry: Geometry, num_blocks: int, depth: int
+    ) -> dict[str, Any]:
         """Make a store in ``directory`` and put blocks into it; says what the store runs on."""
-        geometry = shape_named(shape).geometry
         self._directory = Path(directory)
         self._store = PosixStore(f"file://{directory}", FINGERPRINT, geometry)
         memory = mmap.mmap(-1, depth * geometry.slot_bytes)
