@@ -9,7 +9,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vllm_dualpath.bench.profiling.report import profile_table, profile_with_progress
+from vllm_dualpath.bench.profiling.report import (
+    fit_warning,
+    profile_table,
+    profile_with_progress,
+)
 from vllm_dualpath.errors import ConfigError
 from vllm_dualpath.profile import save_profile
 from vllm_dualpath.storage.posix import root_of
@@ -51,3 +55,5 @@ def profile(
     console = Console()
     console.print(profile_table(measured))
     console.print(f"written to {out}")
+    if (warning := fit_warning(measured)) is not None:
+        typer.echo(f"warning: {warning}", err=True)

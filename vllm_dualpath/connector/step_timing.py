@@ -67,7 +67,7 @@ class AttentionClock:
         if not self._on_gpu:
             self._marks.append(time.perf_counter())
             return
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         self._marks.append(event)
 
@@ -86,7 +86,8 @@ class StepRig:
     """One engine inside this process, stepped by hand."""
 
     def __init__(self, args: EngineArgs) -> None:
-        self._engine = LLMEngine.from_engine_args(args)
+        # Our environment keeps the engine core in this process.
+        self._engine: Any = LLMEngine.from_engine_args(args)
         self.config = self._engine.vllm_config
         self._scheduler = self._engine.engine_core.engine_core.scheduler
         self.kv_cache_config = self._scheduler.kv_cache_config
@@ -188,7 +189,7 @@ def main() -> None:
     ours.add_argument("--profile-seconds", type=float, required=True)
     ours.add_argument("--profile-block-tokens", type=int)
     options, rest = ours.parse_known_args()
-    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())  # type: ignore[no-untyped-call]
     args = EngineArgs.from_cli_args(parser.parse_args(rest))
     for name, value in _FORCED.items():
         setattr(args, name, value)

@@ -11,6 +11,9 @@ from rich.table import Table
 from vllm_dualpath.bench.profiling.run import Measured, measure_profile
 from vllm_dualpath.profile import FittedCurve
 
+POOR_ERROR = 0.25
+"""Median error of a curve that should not be used."""
+
 
 def profile_with_progress(
     model: str,
@@ -39,12 +42,23 @@ def profile_table(measured: Measured) -> Table:
     table = Table(
         title=f"{profile.model} on {profile.device}, vLLM {profile.vllm}", caption=_rates(measured)
     )
-    table.add_column("seconds of")
+    table.add_column("seconds of", no_wrap=True)
     for name in ("a step, ms", "a token, µs", "a token pair, ns", "R²", "median error"):
         table.add_column(name, justify="right")
     _add(table, "its attention", profile.attention)
     _add(table, "a whole step", profile.step)
     return table
+
+
+def fit_warning(measured: Measured) -> str | None:
+    """A sentence for curves that predict badly: a quota filled by them would be any length."""
+    worst = max(measured.profile.attention.median_error, measured.profile.step.median_error)
+    if worst <= POOR_ERROR:
+        return None
+    return (
+        f"the curves are poor: half of all steps are off by more than {100 * worst:.0f} %; measure"
+        " on an idle machine, for more --seconds, with the model length that is served"
+    )
 
 
 def _add(table: Table, name: str, curve: FittedCurve) -> None:
