@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import vllm
@@ -87,7 +87,7 @@ class StepRig:
 
     def __init__(self, args: EngineArgs) -> None:
         # Our environment keeps the engine core in this process.
-        self._engine: Any = LLMEngine.from_engine_args(args)
+        self._engine = cast(Any, LLMEngine.from_engine_args(args))
         self.config = self._engine.vllm_config
         self._scheduler = self._engine.engine_core.engine_core.scheduler
         self.kv_cache_config = self._scheduler.kv_cache_config
