@@ -201,7 +201,7 @@ void bind_copy(py::module_& module) {
         .def(py::init([] { return std::make_unique<CopyQueue>(std::make_unique<HostDevice>()); }))
         .def("submit", &submit, py::arg("rows"), py::arg("load"), py::arg("first_layer"),
              py::arg("end_layer"), py::arg("background") = false, py::arg("reported") = false)
-        .def("submit_barrier", &CopyQueue::submit_barrier)
+        .def("submit_barrier", [](CopyQueue& queue) { return queue.submit_barrier(); })
         .def("wait_reports", &wait_reports<CopyQueue>, py::arg("seen"), py::arg("timeout_s"))
         .def("submit_layers", &submit_layers, py::arg("rows"), py::arg("load"))
         .def("done", &CopyQueue::done, py::arg("ticket"))

@@ -63,11 +63,12 @@ CopyQueue::Ticket CopyQueue::submit(CopyOrder order, CopyLane lane, bool reporte
     return ticket;
 }
 
-CopyQueue::Ticket CopyQueue::submit_barrier() {
+CopyQueue::Ticket CopyQueue::submit_barrier(std::shared_ptr<CopyFences> fences) {
+    CopyOrder nothing{nullptr, CopyDirection::kSave, 0, 0, std::move(fences)};
     Ticket ticket;
     {
         const std::lock_guard lock(mutex_);
-        ticket = push({nullptr, CopyDirection::kSave, 0, 0, nullptr}, CopyLane::kUrgent, true);
+        ticket = push(std::move(nothing), CopyLane::kUrgent, true);
     }
     work_.notify_one();
     return ticket;
@@ -214,7 +215,10 @@ CopyQueue::Lane* CopyQueue::next_lane() {
 
 bool CopyQueue::advance(Job& job, CopyLane lane) {
     const CopyOrder& order = job.order;
-    if (order.rows == nullptr) return true;  // a barrier
+    if (order.rows == nullptr) {  // a barrier
+        if (order.fences) order.fences->after();
+        return true;
+    }
     if (job.layer == order.first_layer && job.row == 0 && order.fences) order.fences->before();
     const std::size_t num_rows = order.rows->rows().size();
     const std::size_t page_bytes = order.rows->map().layers()[job.layer].page_bytes();

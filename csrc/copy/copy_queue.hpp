@@ -38,8 +38,9 @@ class CopyQueue {
     // the map does not have, std::runtime_error after close(). With `reported`, which is for one
     // lane only, its end is counted by wait_reports().
     Ticket submit(CopyOrder order, CopyLane lane, bool reported = false);
-    // A copy of nothing, whose end is reported in its turn: that of all urgent ones before it.
-    Ticket submit_barrier();
+    // A copy of nothing, whose end is reported in its turn: that of all urgent ones before it. Of
+    // its fences only after() is called.
+    Ticket submit_barrier(std::shared_ptr<CopyFences> fences = nullptr);
     // Each layer of the order as a copy of its own, in turn: the first one's ticket; the others'
     // follow, kTicketStep apart.
     Ticket submit_layers(const CopyOrder& order, CopyLane lane);

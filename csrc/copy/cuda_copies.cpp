@@ -177,14 +177,16 @@ CudaMark CudaCopies::submit(std::shared_ptr<const PageRows> rows, CopyDirection 
 }
 
 void CudaCopies::submit_barrier() {
+    auto reached = std::make_shared<const CudaEventHandle>(lanes_);
+    auto fences =
+        std::make_shared<LaneFences>(lanes_, CopyLane::kUrgent, CudaMark{}, reached, last_urgent_);
     const std::lock_guard lock(mutex_);
-    queue_.submit_barrier();
-    unreported_.push_back(nullptr);
+    queue_.submit_barrier(std::move(fences));
+    unreported_.push_back(std::move(reached));
 }
 
 std::uint64_t CudaCopies::wait_reports(std::uint64_t seen, std::chrono::nanoseconds timeout) {
     const std::uint64_t handed_over = queue_.wait_reports(seen, timeout);
-    const CudaDriver& driver = lanes_->enter();
     for (; seen < handed_over; ++seen) {
         std::shared_ptr<const CudaEventHandle> event;
         {
@@ -193,9 +195,23 @@ std::uint64_t CudaCopies::wait_reports(std::uint64_t seen, std::chrono::nanoseco
             unreported_.pop_front();
         }
         // After a failure nothing runs any more, and some events were never recorded.
-        if (event && queue_.error().empty()) driver.event_synchronize(event->get());
+        if (!error().empty()) continue;
+        try {
+            lanes_->enter().event_synchronize(event->get());
+        } catch (const CudaError& failure) {
+            const std::lock_guard lock(mutex_);
+            error_ = failure.what();
+        }
     }
     return handed_over;
+}
+
+std::string CudaCopies::error() const {
+    {
+        const std::lock_guard lock(mutex_);
+        if (!error_.empty()) return error_;
+    }
+    return queue_.error();
 }
 
 CudaMark CudaCopies::now(CudaStream stream) const {

@@ -5,6 +5,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <string>
 
 #include "copy/copy_queue.hpp"
 #include "copy/cuda_driver.hpp"
@@ -67,7 +68,8 @@ class CudaCopies {
     // As the queue's; an end is one on the GPU. One thread waits for reports.
     void submit_barrier();
     std::uint64_t wait_reports(std::uint64_t seen, std::chrono::nanoseconds timeout);
-    std::string error() const { return queue_.error(); }
+    // Why copies failed, on their way to the GPU or there; empty while none has.
+    std::string error() const;
     // A mark behind everything launched on `stream` so far.
     CudaMark now(CudaStream stream) const;
     // What is launched on `stream` from now on comes behind `mark`. Blocks until the copy has been
@@ -80,8 +82,9 @@ class CudaCopies {
   private:
     std::shared_ptr<const CudaLanes> lanes_;
     std::shared_ptr<std::shared_ptr<const CudaEventHandle>> last_urgent_;  // the queue's thread's
-    std::mutex mutex_;
-    std::deque<std::shared_ptr<const CudaEventHandle>> unreported_;  // null for a barrier
+    mutable std::mutex mutex_;
+    std::deque<std::shared_ptr<const CudaEventHandle>> unreported_;
+    std::string error_;  // of the first end that could not be waited for
     CopyQueue queue_;
 };
 

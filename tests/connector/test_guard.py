@@ -58,7 +58,7 @@ def test_worker_hooks_swallow_and_count():
     assert worker.take_invalid_blocks() == set()
     assert worker.take_stats() is None
     worker.shutdown()
-    assert side.recorder._counters["vllm:dualpath_load_failures|hook_error"] == 12
+    assert side.recorder._counters["vllm:dualpath_load_failures|hook_error"] == 13
 
 
 def test_scheduler_hooks_swallow_and_count():

@@ -278,6 +278,19 @@ TEST(cuda_background_comes_behind_earlier_urgent_copies) {
     CHECK(copies.close(seconds(30)));
 }
 
+TEST(cuda_barrier_is_reported_behind_copies_that_are_not) {
+    Rig rig;
+    CudaCopies copies(fake_driver(), 0, CudaMethod::kBatch);
+    std::memset(rig.staging.data() + 3 * 4 * Rig::kPage, 'x', 4 * Rig::kPage);
+    copies.submit(rig.rows({{2, 3, 0}}), CopyDirection::kLoad, 0, 2, CopyLane::kUrgent,
+                  copies.now(rig.forward));
+    copies.submit_barrier();
+    while (copies.wait_reports(0, seconds(30)) == 0) {
+    }
+    CHECK(rig.run(1, 2, 0)[0] == 'x');
+    CHECK(copies.error().empty() && copies.close(seconds(30)));
+}
+
 TEST(cuda_refused_copy_is_told_with_its_reason) {
     Rig rig;
     rig.fake.copy_result = 719;

@@ -42,8 +42,12 @@ class LayerSaves:
 
     def start(self, layer: int) -> Mark:
         """Copy one layer. In every layer of a forward pass: as little as can be."""
-        self._layers.append(layer)
-        return self._reports.submit(self.batch.rows, layer, layer + 1, self._report, load=False)
+        self._layers.append(layer)  # first: the copy may end at once
+        try:
+            return self._reports.submit(self.batch.rows, layer, layer + 1, self._report, load=False)
+        except BaseException:
+            self._layers.pop()
+            raise
 
     def _report(self, done: bool) -> None:
         layer = self._layers.popleft()

@@ -139,7 +139,10 @@ class GuardedWorker:
             self._receiving.add(load.request_id)
         for request_id, _ in step.failed_loads:
             self._receiving.add(request_id)
-        self._guard.call("bind", lambda: self.side.bind(step), None)
+        try:
+            self.side.bind(step)
+        except Exception as exc:
+            self._fail_step("bind", exc)
 
     def start_loads(self) -> None:
         try:

@@ -124,14 +124,15 @@ class WorkerSide:
                 ending.callback(self._mover.close)
                 ending.callback(self._thread.close)
                 ending.callback(self._reports.close)
+                ending.callback(self._release_saves)  # of a step that did not come to its end
 
     # --- one step --------------------------------------------------------------------------------
 
     def bind(self, step: DualPathMetadata) -> None:
         """Take a step's orders; blocks to store are copied before anything can change them."""
+        self.step = step
         if self._saves is not None:
             self._release_saves()  # of a step that did not come to its end
-        self.step = step
         if self._saved_layers:
             self._saved_layers.clear()
         if self.load_marks:
@@ -259,9 +260,9 @@ class WorkerSide:
             self._batches.release(batch)
 
     def _release_saves(self) -> None:
-        for saves in self._saves or ():
+        of_step, self._saves = self._saves, None
+        for saves in of_step or ():
             self._batches.release(saves.batch)
-        self._saves = None
 
     def _report_saved(self, copies: Sequence[PageCopy], layer: int) -> None:
         messages = [Saved(c.claim.key, layer, c.first_page, c.last_page) for c in copies]

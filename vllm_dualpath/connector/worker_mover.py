@@ -22,6 +22,7 @@ logger = init_logger("vllm.dualpath.worker")
 _MAP_WAIT_S = 5.0
 _IDLE_S = 2.0
 """A worker without a step for this long has no order of the scheduler's on its way."""
+_RECHECK_S = 0.1
 _RETIRE_S = 60.0
 
 
@@ -45,6 +46,7 @@ class WorkerMover:
         self._process = MoverProcess(spec)
         self._staging: Staging | None = None
         self._named: Set[bytes] = frozenset()
+        self._in_step = False
         self._retiring = False
         """Somebody waits until no step names the last mover any more."""
         self._scheduler_boot: bytes | None = None
@@ -60,7 +62,7 @@ class WorkerMover:
 
         The mapping of a mover that the step names stays until ``end_step``.
         """
-        self._last_step_s = time.monotonic()
+        self._in_step = True
         if not boot_ids and scheduler_boot == self._scheduler_boot and not self._retiring:
             return  # as nearly every step: nothing changes for anybody
         with self._changed:
@@ -70,6 +72,8 @@ class WorkerMover:
 
     def end_step(self) -> None:
         """The step has acquired what its orders use."""
+        self._in_step = False
+        self._last_step_s = time.monotonic()
         if self._named:
             with self._changed:
                 self._named = frozenset()
@@ -139,9 +143,11 @@ class WorkerMover:
                 )
                 idle_s = time.monotonic() - max(self._last_step_s, self._lost_s)
                 named = self._staging.boot_id in self._named
-                if not named and (moved_on or idle_s >= _IDLE_S):
+                # While a step runs the next one may be on its way already.
+                is_idle = not self._in_step and idle_s >= _IDLE_S
+                if not named and (moved_on or is_idle):
                     return
-                self._changed.wait(None if named else _IDLE_S - idle_s)
+                self._changed.wait(None if named else max(_IDLE_S - idle_s, _RECHECK_S))
 
     def _retire(self) -> None:
         staging = self._staging

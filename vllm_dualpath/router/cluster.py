@@ -144,8 +144,10 @@ class Cluster:
 
     async def wait_for_change(self, timeout_s: float) -> None:
         """Wait until an engine came, went or began to serve, at most ``timeout_s``."""
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), timeout_s)
+        # Not wait_for: until Python 3.12 it forgets a cancellation that meets a change.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
 
     # --- planning ---
 

@@ -125,8 +125,9 @@ class Placer:
                 return None if isinstance(forced, NotNow) else forced
             finally:
                 self._telemetry.wait_seconds.observe(_since(started_s))
-                if not line:
-                    self._lines.pop(group, None)
+                # Another line may have taken its place meanwhile.
+                if not line and self._lines.get(group) is line:
+                    del self._lines[group]
 
     def _attempt(
         self, group: PairGroup, prompt: Prompt, line: WaitingLine | None

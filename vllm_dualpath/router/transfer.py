@@ -310,8 +310,10 @@ class Transfer:
 
     async def _wait_for_change(self, timeout_s: float | None) -> None:
         self._changed.clear()
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), timeout_s)
+        # Not wait_for: until Python 3.12 it forgets a cancellation that meets a change.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
 
     def _idle_left_s(self) -> float:
         """Seconds until this attempt counts as stalled; progress of its readers puts it off."""
