@@ -96,6 +96,10 @@ def test_a_stopped_pair_uses_no_cpu(guard: ProcessGuard, tmp_path: Path) -> None
     pair = PutPair("raw", "shm", PLAN, tmp_path, guard)
     pair.connect(PLAN.piece_bytes, {})
     stat = Path(f"/proc/{pair.target.pid}/stat")
+    deadline = time.monotonic() + 10
+    while stat.read_text().split()[2] != "T":  # a signal takes its time
+        assert time.monotonic() < deadline, stat.read_text()
+        time.sleep(0.01)
     before = stat.read_text().split()[13:15]
     time.sleep(0.3)
     assert stat.read_text().split()[13:15] == before
