@@ -215,14 +215,7 @@ class Engine:
         self.worker.register_kv_caches(self.caches)
         init_none_hash(sha256)
         self._hasher = get_request_block_hasher(PAGE_TOKENS, sha256)
-        scheduler_class = self.config.scheduler_config.get_scheduler_cls()
-        self.scheduler: Scheduler = scheduler_class(
-            vllm_config=self.config,
-            kv_cache_config=self.cache_config,
-            structured_output_manager=StructuredOutputManager(self.config),
-            block_size=PAGE_TOKENS,
-            log_stats=True,
-        )
+        self.scheduler: Scheduler = self._make_scheduler()
         self.connector: DualPathConnector = self.scheduler.connector  # type: ignore[assignment]
         self._closed = False
         self.is_async = is_async
@@ -233,6 +226,22 @@ class Engine:
         self.wait(lambda: self.side._mover.view is not None)
         if persist:
             self.grant_persist_slots()
+
+    def _make_scheduler(self) -> Scheduler:
+        scheduler_class = self.config.scheduler_config.get_scheduler_cls()
+        try:
+            return scheduler_class(
+                vllm_config=self.config,
+                kv_cache_config=self.cache_config,
+                structured_output_manager=StructuredOutputManager(self.config),
+                block_size=PAGE_TOKENS,
+                log_stats=True,
+            )
+        except Exception:  # refused: nobody will close what has been started
+            self.worker.shutdown()
+            self.mover.die()
+            os.close(self._lock_fd)
+            raise
 
     @property
     def side(self) -> Any:
