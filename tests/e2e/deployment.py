@@ -56,7 +56,8 @@ class Deployment:
             store=f"file://{store}",
             mode=mode,  # type: ignore[arg-type]
             engine_args=(*COMMON_ARGS, *engine_args),
-            router_args=("--heartbeat-s", str(_HEARTBEAT_S)),
+            # Tests know which side reads which block; measured rates would move that.
+            router_args=("--heartbeat-s", str(_HEARTBEAT_S), "--split-fraction", "0.5"),
             extra_config={"staging_bytes": _STAGING_BYTES, **(extra_config or {})},
             log_dir=log_dir,
             start_timeout_s=_START_S,
