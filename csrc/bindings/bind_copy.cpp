@@ -63,8 +63,15 @@ class Numbers {
 };
 
 // One request: pages from `first_page` on, `slots` from the Full Block that holds it on.
-void add_rows(std::vector<PageRow>& rows, std::size_t first_page, std::size_t pages_per_block,
-              const Numbers& blocks, const Numbers& slots) {
+struct RequestPages {
+    std::size_t first_page;
+    Numbers blocks;
+    Numbers slots;
+};
+
+// Writes the rows of `pages` from `row` on, and returns their end.
+PageRow* fill_rows(PageRow* row, const RequestPages& pages, std::size_t pages_per_block) {
+    const auto& [first_page, blocks, slots] = pages;
     std::size_t in_block = first_page % pages_per_block;
     if (in_block + blocks.size() > slots.size() * pages_per_block) {
         throw std::invalid_argument(std::to_string(blocks.size()) + " pages from page " +
@@ -75,19 +82,26 @@ void add_rows(std::vector<PageRow>& rows, std::size_t first_page, std::size_t pa
     for (std::size_t slot = 0; i < blocks.size(); ++slot, in_block = 0) {
         const std::uint32_t number = slots[slot];
         const std::size_t end = std::min(blocks.size(), i + pages_per_block - in_block);
-        for (; i < end; ++i, ++in_block) {
-            rows.push_back({blocks[i], number, static_cast<std::uint32_t>(in_block)});
+        for (; i < end; ++i, ++in_block, ++row) {
+            *row = {blocks[i], number, static_cast<std::uint32_t>(in_block)};
         }
     }
+    return row;
 }
 
 std::shared_ptr<PageRows> make_rows(std::shared_ptr<PageMap> map, const py::iterable& copies) {
-    std::vector<PageRow> rows;
-    const std::size_t pages_per_block = map->staging().pages_per_block;
+    std::vector<RequestPages> requests;
+    std::size_t num_rows = 0;
     for (const py::handle copy : copies) {
         const auto [first_page, blocks, slots] =
             py::cast<std::tuple<std::size_t, py::object, py::object>>(copy);
-        add_rows(rows, first_page, pages_per_block, Numbers(blocks), Numbers(slots));
+        requests.push_back({first_page, Numbers(blocks), Numbers(slots)});
+        num_rows += requests.back().blocks.size();
+    }
+    std::vector<PageRow> rows(num_rows);  // at once: growing costs more than filling
+    PageRow* end = rows.data();
+    for (const RequestPages& pages : requests) {
+        end = fill_rows(end, pages, map->staging().pages_per_block);
     }
     return std::make_shared<PageRows>(std::move(map), std::move(rows));
 }

@@ -33,9 +33,9 @@ PageMap::PageMap(std::vector<LayerPages> layers, std::size_t num_blocks, Staging
     for (const LayerPages& layer : layers_) check_layer(layer, staging);
 }
 
-void PageMap::check(const PageRow& row) const {
-    if (row.block >= num_blocks_ || row.slot >= staging_.num_slots ||
-        row.page >= staging_.pages_per_block) {
+void PageMap::check(const std::vector<PageRow>& rows) const {
+    for (const PageRow& row : rows) {
+        if (is_inside(row)) continue;
         throw std::invalid_argument(
             "page " + std::to_string(row.page) + " of slot " + std::to_string(row.slot) +
             " and block " + std::to_string(row.block) + ": expected less than " +

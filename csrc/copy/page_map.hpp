@@ -42,8 +42,8 @@ class PageMap {
 
     const std::vector<LayerPages>& layers() const { return layers_; }
     const StagingSlots& staging() const { return staging_; }
-    // Throws std::invalid_argument for a row that names memory that is not there.
-    void check(const PageRow& row) const;
+    // Throws std::invalid_argument if a row names memory that is not there.
+    void check(const std::vector<PageRow>& rows) const;
 
     std::uintptr_t cache_page(const LayerPages& layer, const PageRow& row) const {
         return layer.cache_address + row.block * layer.block_stride;
@@ -54,6 +54,11 @@ class PageMap {
     }
 
   private:
+    bool is_inside(const PageRow& row) const {
+        return row.block < num_blocks_ && row.slot < staging_.num_slots &&
+               row.page < staging_.pages_per_block;
+    }
+
     std::vector<LayerPages> layers_;
     std::size_t num_blocks_;
     StagingSlots staging_;

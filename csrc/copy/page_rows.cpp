@@ -8,7 +8,7 @@ namespace dualpath {
 PageRows::PageRows(std::shared_ptr<const PageMap> map, std::vector<PageRow> rows)
     : map_(std::move(map)), rows_(std::move(rows)) {
     if (map_ == nullptr) throw std::invalid_argument("rows need a map");
-    for (const PageRow& row : rows_) map_->check(row);
+    map_->check(rows_);
 }
 
 }  // namespace dualpath

@@ -50,7 +50,7 @@ class IdleRig:
                 "store": f"file://{directory}/store",
                 "runtime_dir": str(directory),
                 "persist_slots": 0,
-                "staging_bytes": 64 << 20,
+                "staging_bytes": 256 << 20,
             },
         )
         self._llm: Any = LLM(
