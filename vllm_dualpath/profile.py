@@ -15,6 +15,8 @@ from vllm_dualpath.errors import ConfigError
 from vllm_dualpath.native import PrefillCurve
 
 VERSION = 1
+LINE_TAG = "dualpath-profile "
+"""Begins each line that the process which times an engine's steps writes for us, among vLLM's."""
 ALPHA_S = 3.0
 """Seconds of reading that alpha's tokens take. Source: the paper's section 6."""
 BETA_S = 5.0

@@ -78,8 +78,11 @@ def failing(engine):
     return make
 
 
-def check_unused(e: Engine) -> None:
-    """Nothing keeps the staging memory mapped."""
+def check_answered(e: Engine, copies: FailingCopies, num_tokens: int) -> None:
+    """A copy failed, the tokens are right, the request ended, the staging memory is unused."""
+    assert copies.num_failed
+    e.check_output("r", num_tokens)
+    e.check_ended()
     staging = e.worker._worker.side._mover._staging
     e.wait(lambda: staging._num_users == 0)
 
@@ -91,10 +94,7 @@ def test_failed_synchronous_load_is_recomputed(failing, where):
     e.stage(PROMPT, SLOTS, 32)
     e.add("r", PROMPT, 1, e.mover.publish(e.root, PROMPT, 4, SLOTS))
     e.run(8000)
-    assert copies.num_failed
-    e.check_output("r", 1)
-    e.check_ended()
-    check_unused(e)
+    check_answered(e, copies, 1)
 
 
 @pytest.mark.parametrize("where", ["rows", "submit_layers", "hold_forward"])
@@ -116,10 +116,7 @@ def test_failed_asynchronous_load_is_recomputed(failing, where):
     e.stage(PROMPT, SLOTS, len(PROMPT))
     e.add("r", PROMPT, 6, e.mover.publish(e.root, PROMPT, 6, SLOTS))
     e.run(8000)
-    assert copies.num_failed
-    e.check_output("r", 6)
-    e.check_ended()
-    check_unused(e)
+    check_answered(e, copies, 6)
 
 
 @pytest.mark.parametrize("where", ["rows", "submit", "wait_reports"])
@@ -129,11 +126,8 @@ def test_failed_save_ends_with_its_request(failing, where):
     params = e.mover.publish(e.root, PROMPT, 0, SLOTS)
     e.add("r", PROMPT, 1, params)
     e.run(8000)
-    assert copies.num_failed
     assert not e.mover.saved_pages(key_of(params))
-    e.check_output("r", 1)
-    e.check_ended()
-    check_unused(e)
+    check_answered(e, copies, 1)
 
 
 @pytest.mark.parametrize("where", ["rows", "submit", "wait_reports"])
@@ -142,8 +136,5 @@ def test_slots_of_blocks_that_were_not_stored_go_back(failing, where):
     e, copies = failing("decode", where)
     e.add("r", PROMPT, 8)
     e.run(8000)
-    assert copies.num_failed
-    e.check_output("r", 8)
     assert e.mover.wait_for(ReturnPersistSlots)
-    e.check_ended()
-    check_unused(e)
+    check_answered(e, copies, 8)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from vllm.logger import init_logger
 
@@ -37,20 +37,13 @@ class LayerSaves:
         self.batch = batch
         self._reports = reports
         self._saved = saved
-        self._layers: deque[int] = deque()
-        """Under way, in order."""
 
     def start(self, layer: int) -> Mark:
         """Copy one layer. In every layer of a forward pass: as little as can be."""
-        self._layers.append(layer)  # first: the copy may end at once
-        try:
-            return self._reports.submit(self.batch.rows, layer, layer + 1, self._report, load=False)
-        except BaseException:
-            self._layers.pop()
-            raise
+        report = partial(self._report, layer)
+        return self._reports.submit(self.batch.rows, layer, layer + 1, report, load=False)
 
-    def _report(self, done: bool) -> None:
-        layer = self._layers.popleft()
+    def _report(self, layer: int, done: bool) -> None:
         if done:
             self._saved(self.batch.copies, layer)
 

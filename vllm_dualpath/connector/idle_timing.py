@@ -64,6 +64,7 @@ class IdleRig:
         self._worker_state: Any = kv_transfer_state
         client: Any = self._llm.llm_engine.engine_core
         self._scheduler: Any = client.engine_core.scheduler
+        self._empty = _empty_connector()
         self._vocab: int = self._llm.llm_engine.model_config.get_vocab_size()
 
     def batch(self, seed: int, num_requests: int, prompt_tokens: int, num_tokens: int) -> float:
@@ -91,10 +92,9 @@ class IdleRig:
 
     def arms(self) -> dict[str, AbstractContextManager[None]]:
         """Ways to run a batch, each usable once."""
-        empty = _empty_connector()
         return {
             "plain": self.connector_replaced(None, None),
-            "empty": self.connector_replaced(empty, empty),
+            "empty": self.connector_replaced(self._empty, self._empty),
             "connector": nullcontext(),
         }
 

@@ -27,8 +27,8 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from vllm_dualpath.connector.identity import page_geometry
 from vllm_dualpath.messages import GeometrySpec
+from vllm_dualpath.profile import LINE_TAG
 
-LINE_TAG = "dualpath-profile "
 _MIN_CHUNK = 32
 _NUM_REPEATS = 3
 """A step's time is the median of so many runs of the same chunks."""

@@ -1,27 +1,23 @@
 """What an engine with the connector loses against itself without it, with nothing to load or store.
 
-Measured by the connector itself, which alone may import vllm, in a process of its own: one engine,
-whose connector is there for one batch in three (``vllm_dualpath.connector.idle_timing``).
+Measured in a process of its own: one engine, whose connector is there for one batch in three.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_dualpath.bench.hooks.timing_process import run_timing
 from vllm_dualpath.bench.mover.pairing import Ratio, paired_ratio
 from vllm_dualpath.bench.tiny_model import TinyModel, write_tiny_model
-from vllm_dualpath.errors import LaunchError
 
 MODEL = TinyModel(layers=8, hidden=256, heads=8, kv_heads=4, head_dim=32, dtype="bfloat16")
+_MODULE = "vllm_dualpath.connector.idle_timing"
 _START_S = 120.0
 _ROUND_S = 2.0
-_MAX_ERROR_CHARS = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,26 +65,11 @@ def measure_idle(num_rounds: int, load: Load | None = None) -> IdleOverhead:
     with tempfile.TemporaryDirectory(prefix="dualpath-idle-model-") as name:
         model = Path(name) / "model"
         write_tiny_model(MODEL, model)
-        command = [
-            *(sys.executable, "-m", "vllm_dualpath.connector.idle_timing"),
+        arguments = [
             *("--model", str(model), "--rounds", str(num_rounds), "--batch"),
             *map(str, (load.num_requests, load.prompt_tokens, load.output_tokens)),
             *("--core", str(max(os.sched_getaffinity(0)))),
         ]
-        try:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=_START_S + _ROUND_S * num_rounds,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as exc:
-            raise LaunchError(f"idle timing: no end after {exc.timeout:.0f} s") from exc
-    if done.returncode != 0:
-        end = done.stderr[-_MAX_ERROR_CHARS:]
-        raise LaunchError(f"idle timing: ended with exit code {done.returncode}:\n{end}")
-    costs = json.loads(done.stdout.splitlines()[-1])
+        costs = run_timing("idle timing", _MODULE, arguments, _START_S + _ROUND_S * num_rounds)
     kinds = {kind: tuple(BatchCost(**each) for each in batches) for kind, batches in costs.items()}
     return IdleOverhead(**kinds)

@@ -1,27 +1,19 @@
-"""Runs the connector's own timing of its hooks, in a process of its own.
-
-The connector alone may import vllm: here its numbers are only read.
-"""
+"""What the connector's hooks cost, step by step, measured in a process of its own."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_dualpath.errors import LaunchError
+from vllm_dualpath.bench.hooks.timing_process import run_timing
 
 PAGE_COUNTS = (1, 16, 256, 4096)
 LIMIT_US = 50.0
 """What the hooks may take of vLLM's thread, a layer and step."""
 
-_COMMAND = (sys.executable, "-m", "vllm_dualpath.connector.hook_timing")
+_MODULE = "vllm_dualpath.connector.hook_timing"
 _TIMEOUT_S = 180.0
-_MAX_ERROR_CHARS = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,24 +44,7 @@ class StepTiming:
 
 def time_hooks(num_steps: int, page_counts: Sequence[int] = PAGE_COUNTS) -> list[StepTiming]:
     """Measure ``num_steps`` steps of each size. Raises ``LaunchError``."""
-    command = [*_COMMAND, "--steps", str(num_steps), "--pages", *map(str, page_counts)]
-    try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_S,
-            check=False,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-    except subprocess.TimeoutExpired as exc:
-        raise LaunchError(f"timing the hooks: expected an end within {_TIMEOUT_S:.0f} s") from exc
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
-        raise LaunchError(
-            f"timing the hooks: {' '.join(command)} ended with exit code {done.returncode}:\n"
-            f"{done.stderr[-_MAX_ERROR_CHARS:]}"
-        )
-    pages = json.loads(lines[-1])["pages"]
+    arguments = ["--steps", str(num_steps), "--pages", *map(str, page_counts)]
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    pages = run_timing("timing the hooks", _MODULE, arguments, _TIMEOUT_S, one_thread)["pages"]
     return [StepTiming.parse(count, values) for count, values in pages.items()]

@@ -8,25 +8,15 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from vllm_dualpath.bench.mover.mover_process import START_S, MoverProcess, cpu_seconds
+from vllm_dualpath.bench.mover.mover_process import START_S, MoverProcess
+from vllm_dualpath.bench.mover.router import ROOT, Router, Transfer
 from vllm_dualpath.bench.mover.shapes import PROBE
-from vllm_dualpath.bench.mover.side_movers import Router
 from vllm_dualpath.bench.mover.side_storage import FINGERPRINT, block_files, block_hashes
-from vllm_dualpath.blocks import chain_root, prompt_digest
-from vllm_dualpath.messages import (
-    Hello,
-    Reserve,
-    Reserved,
-    SegmentSpec,
-    Stage,
-    TransferKey,
-)
+from vllm_dualpath.messages import Hello
 
-_ROOT = chain_root(FINGERPRINT)
 _SETTLE_S = 1.0
 _FAR_S = 3600.0
 """No deadline ends a transfer while it is looked at."""
@@ -60,11 +50,7 @@ class StalledMovers:
 
     def cpu_share(self, seconds: float) -> float:
         """CPU time of the busier of the two movers, as a share of one core."""
-        pids = [mover.pid for mover in self._movers.values()]
-        before, start = [cpu_seconds(pid) for pid in pids], time.monotonic()
-        self._router.answer_for(seconds)
-        used = [cpu_seconds(pid) - was for pid, was in zip(pids, before, strict=True)]
-        return max(used) / (time.monotonic() - start)
+        return self._router.busiest_cpu_share(list(self._movers.values()), seconds)
 
     def close(self) -> None:
         for mover in self._movers.values():
@@ -88,31 +74,12 @@ class StalledMovers:
             role,
             PROBE.geometry,
             len(self._tokens),
-            (FINGERPRINT, _ROOT),
+            (FINGERPRINT, ROOT),
             config,
         )
 
     def _stage(self, block_hash: bytes, reader: str) -> None:
-        key = TransferKey(os.urandom(16), 0)
         prefill, decode = self._movers["prefill"], self._movers["decode"]
-        router, num_tokens = self._router, len(self._tokens)
-        router.send(decode, Reserve(key, "decode", num_tokens, prefill.peer()))
-        decode_slots = router.expect(decode, Reserved, key).slots
-        router.send(prefill, Reserve(key, "prefill", num_tokens, decode.peer(decode_slots)))
-        prefill_slots = router.expect(prefill, Reserved, key).slots
-        for mover, pool, peer in (
-            (prefill, "prefill", decode.peer(decode_slots)),
-            (decode, "decode", prefill.peer(prefill_slots)),
-        ):
-            stage = Stage(
-                key=key,
-                pool=pool,
-                num_tokens=num_tokens,
-                num_hit_blocks=1,
-                root=_ROOT,
-                block_hashes=(block_hash,),
-                digest=prompt_digest(_ROOT, self._tokens),
-                segments=(SegmentSpec(reader, 0, 1),),
-                peer=peer,
-            )
-            router.send(mover, stage)
+        hashes = (block_hash,)
+        transfer = Transfer(self._router, prefill, decode, self._tokens, hashes, reader)
+        transfer.start(transfer.reserve())

@@ -19,9 +19,9 @@ from vllm_dualpath.bench.profiling.fit import Sample
 from vllm_dualpath.bench.vllm_command import gpus
 from vllm_dualpath.blocks import Geometry
 from vllm_dualpath.errors import LaunchError
+from vllm_dualpath.profile import LINE_TAG
 
 _MODULE = "vllm_dualpath.connector.step_timing"
-_LINE_TAG = "dualpath-profile "
 _START_S = 900.0
 """An engine loads its weights, and the last round may be a long one."""
 _MAX_ERROR_CHARS = 4000
@@ -96,9 +96,9 @@ def _run(
         deadline.start()
         try:
             for line in child.stdout:
-                if not line.startswith(_LINE_TAG):
+                if not line.startswith(LINE_TAG):
                     continue
-                message = json.loads(line[len(_LINE_TAG) :])
+                message = json.loads(line[len(LINE_TAG) :])
                 if "samples" in message:
                     result = message
                 else:
