@@ -39,7 +39,8 @@ def test_command_writes_every_hook_and_size(tmp_path: Path, monkeypatch, capsys)
     for size in report["pages"].values():
         assert set(size["hooks"]) == HOOKS
         assert size["cpu_us_a_layer_and_step"] > 0
-    assert report["ratios"] == dict.fromkeys(IDLE_RATIOS)
+    models = ("served", "tiny")
+    assert report["ratios"] == {f"{kind}_{model}": None for model in models for kind in IDLE_RATIOS}
     assert "save_kv_layer" in capsys.readouterr().out
 
 
@@ -54,14 +55,14 @@ def test_idle_overhead_in_a_sentence_and_in_json() -> None:
     plain = tuple(BatchCost(seconds, 1.0) for seconds in (1.0, 2.0, 4.0))
     ours = tuple(BatchCost(seconds, 0.99) for seconds in (1.01, 2.02, 4.04))
     idle = IdleOverhead(plain, plain, ours)
-    line = idle_line(idle)
+    line = idle_line("tiny", idle)
     assert "+1.00 % (95 % interval" in line
     assert "-1.00 % (95 % interval" in line
-    report = to_json([], idle)
-    assert report["ratios"]["idle_vs_plain"] == pytest.approx(1.01)
-    assert report["ratios"]["idle_cpu_vs_plain"] == pytest.approx(0.99)
-    assert report["intervals"]["idle_vs_plain"]["num_pairs"] == 3
-    assert report["samples"]["plain"][0] == {"seconds": 1.0, "cpu_s": 1.0}
+    report = to_json([], {"tiny": idle})
+    assert report["ratios"]["idle_vs_plain_tiny"] == pytest.approx(1.01)
+    assert report["ratios"]["idle_cpu_vs_plain_tiny"] == pytest.approx(0.99)
+    assert report["intervals"]["idle_vs_plain_tiny"]["num_pairs"] == 3
+    assert report["samples"]["tiny"]["plain"][0] == {"seconds": 1.0, "cpu_s": 1.0}
 
 
 def test_table_names_the_limit() -> None:

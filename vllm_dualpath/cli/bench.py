@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vllm_dualpath.bench.hooks.idle import measure_idle
+from vllm_dualpath.bench.hooks.idle import CASES, measure_idle
 from vllm_dualpath.bench.hooks.report import hook_table, idle_line, to_json
 from vllm_dualpath.bench.hooks.timing import time_hooks
 from vllm_dualpath.bench.mover.plan import full_plan, short_plan
@@ -100,17 +100,19 @@ def hooks(
 ) -> None:
     """Measure what the connector's hooks take of vLLM's thread."""
     timings = time_hooks(20 if short else 100)
-    overhead = None
-    if idle:
-        Console(stderr=True).print("bench hooks: an idle engine with and without its connector")
-        overhead = measure_idle(60 if short else 700)
+    overhead = {}
+    for name, case in CASES.items() if idle else ():
+        Console(stderr=True).print(
+            f"bench hooks: an idle engine with and without its connector, {name} model"
+        )
+        overhead[name] = measure_idle(case, case.num_short_rounds if short else case.num_rounds)
     if json_path is not None:
         report = json.dumps(to_json(timings, overhead), indent=1)
         json_path.write_text(report + "\n", encoding="utf-8")
     console = Console()
     console.print(hook_table(timings))
-    if overhead is not None:
-        console.print(idle_line(overhead))
+    for name, each in overhead.items():
+        console.print(idle_line(name, each))
 
 
 @app.command()

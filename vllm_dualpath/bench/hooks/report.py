@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
 
-from vllm_dualpath.bench.hooks.idle import IdleOverhead
+from vllm_dualpath.bench.hooks.idle import CASES, IdleOverhead
 from vllm_dualpath.bench.hooks.timing import LIMIT_US, StepTiming
 from vllm_dualpath.bench.mover.pairing import Ratio
 
 IDLE_RATIOS = ("idle_vs_plain", "idle_cpu_vs_plain", "idle_cpu_vs_empty")
 
 
-def to_json(timings: Sequence[StepTiming], idle: IdleOverhead | None) -> dict[str, Any]:
-    """Plain types: microseconds and seconds; ``idle`` is null where it was not measured."""
+def to_json(timings: Sequence[StepTiming], idle: Mapping[str, IdleOverhead]) -> dict[str, Any]:
+    """Plain types: microseconds and seconds; ``idle`` by the model, ratios null without it."""
     steps = {
         str(timing.num_pages): {
             "cpu_us_a_layer_and_step": timing.cpu_us,
@@ -26,14 +26,17 @@ def to_json(timings: Sequence[StepTiming], idle: IdleOverhead | None) -> dict[st
         }
         for timing in timings
     }
-    if idle is None:
-        return {"pages": steps, "ratios": dict.fromkeys(IDLE_RATIOS)}
-    ratios = idle.ratios()
+    names = [f"{kind}_{model}" for model in CASES for kind in IDLE_RATIOS]
+    ratios = {
+        f"{kind}_{model}": ratio
+        for model, overhead in idle.items()
+        for kind, ratio in overhead.ratios().items()
+    }
     return {
         "pages": steps,
-        "ratios": {name: ratio.median for name, ratio in ratios.items()},
+        "ratios": {name: ratios[name].median if name in ratios else None for name in names},
         "intervals": {name: ratio.to_json() for name, ratio in ratios.items()},
-        "samples": asdict(idle),
+        "samples": {model: asdict(overhead) for model, overhead in idle.items()},
     }
 
 
@@ -63,11 +66,12 @@ def hook_table(timings: Sequence[StepTiming]) -> Table:
     return table
 
 
-def idle_line(idle: IdleOverhead) -> str:
+def idle_line(model: str, idle: IdleOverhead) -> str:
     """One sentence."""
     percents = {name: _percent(ratio) for name, ratio in idle.ratios().items()}
     return (
-        "a batch without hits or transfers takes, against plain vLLM,"
+        f"{model} model: a batch of {1e3 * idle.batch_s:.0f} ms without hits or transfers takes,"
+        " against plain vLLM,"
         f" {percents['idle_vs_plain']} of time and {percents['idle_cpu_vs_plain']} of CPU time;"
         f" against a connector that does nothing {percents['idle_cpu_vs_empty']} of CPU time"
         f" ({len(idle.plain)} rounds)"

@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_dualpath.bench.hooks.timing_process import run_timing
 
-PAGE_COUNTS = (1, 16, 256, 4096)
+PAGE_COUNTS = (16, 512, 4096, 16384)
 LIMIT_US = 50.0
 """What the hooks may take of vLLM's thread, a layer and step."""
 
