@@ -33,6 +33,8 @@ TcpEngine = _native.TcpEngine
 TcpError = _native.TcpError
 BlockEngine = _native.BlockEngine
 CopyQueue = _native.CopyQueue
+leave_compute_cores = _native.leave_compute_cores
+"""Keep the calling thread off the cores that the thread which started it is bound to."""
 CudaCopies = _native.CudaCopies
 CudaMark = _native.CudaMark
 PageMap = _native.PageMap
@@ -96,6 +98,7 @@ __all__ = [
     "crc32c_implementation",
     "crc32c_many",
     "crc32c_portable",
+    "leave_compute_cores",
     "load_ucx",
     "parse_ucx_transports",
     "simulate",

@@ -13,6 +13,7 @@
 #include "bindings/bindings.hpp"
 #include "copy/copy_queue.hpp"
 #include "copy/cuda_copies.hpp"
+#include "core/affinity.hpp"
 
 namespace py = pybind11;
 
@@ -218,7 +219,6 @@ void bind_copy(py::module_& module) {
         .def("submit_barrier", [](CopyQueue& queue) { return queue.submit_barrier(); })
         .def("wait_reports", &wait_reports<CopyQueue>, py::arg("seen"), py::arg("timeout_s"))
         .def("submit_layers", &submit_layers, py::arg("rows"), py::arg("load"))
-        .def("done", &CopyQueue::done, py::arg("ticket"))
         .def("done_until", &CopyQueue::done_until, py::arg("ticket"))
         .def(
             "wait",
@@ -231,6 +231,7 @@ void bind_copy(py::module_& module) {
             [](CopyQueue& queue, double timeout_s) { return queue.close(seconds(timeout_s)); },
             py::arg("timeout_s"), release());
     bind_cuda(module);
+    module.def("leave_compute_cores", &leave_compute_cores);
 }
 
 }  // namespace dualpath

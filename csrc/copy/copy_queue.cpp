@@ -1,30 +1,16 @@
 #include "copy/copy_queue.hpp"
 
 #include <pthread.h>
-#include <sched.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <exception>
 #include <stdexcept>
 #include <utility>
 
+#include "core/affinity.hpp"
+
 namespace dualpath {
 namespace {
-
-// The thread that started us may be bound to cores that compute: stay off them if there are others
-// that this process may use. A thread that woke up on such a core would take it from the forward
-// pass, and what is in its caches.
-void leave_compute_cores() {
-    cpu_set_t bound, others;
-    if (sched_getaffinity(0, sizeof bound, &bound) != 0) return;
-    CPU_ZERO(&others);
-    const long num_cpus = std::min<long>(sysconf(_SC_NPROCESSORS_CONF), CPU_SETSIZE);
-    for (std::size_t cpu = 0; cpu < static_cast<std::size_t>(num_cpus); ++cpu) {
-        if (!CPU_ISSET(cpu, &bound)) CPU_SET(cpu, &others);
-    }
-    (void)sched_setaffinity(0, sizeof others, &others);  // refused where there are none
-}
 
 template <class Action>
 std::string error_of(const Action& action) {

@@ -19,11 +19,16 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_dualpath.blocks import Geometry
-from vllm_dualpath.connector.affinity import leave_compute_cores
 from vllm_dualpath.connector.metadata import PageCopy
 from vllm_dualpath.connector.paging import PagedCaches
 from vllm_dualpath.errors import ConfigError, TransferTimeout
-from vllm_dualpath.native import CopyQueue, PageMap, PageRows, buffer_address
+from vllm_dualpath.native import (
+    CopyQueue,
+    PageMap,
+    PageRows,
+    buffer_address,
+    leave_compute_cores,
+)
 
 logger = init_logger("vllm.dualpath.copies")
 

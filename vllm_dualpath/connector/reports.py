@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 from vllm.logger import init_logger
 
-from vllm_dualpath.connector.affinity import leave_compute_cores
 from vllm_dualpath.connector.copies import CopyEngine, Mark, Rows
 from vllm_dualpath.errors import TransferTimeout
+from vllm_dualpath.native import leave_compute_cores
 
 logger = init_logger("vllm.dualpath.reports")
 
