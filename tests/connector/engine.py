@@ -132,6 +132,34 @@ def make_cache_config(num_blocks: int) -> KVCacheConfig:
     )
 
 
+def make_scheduler(config: VllmConfig, cache_config: KVCacheConfig) -> Scheduler:
+    """The scheduler that the config names, with its connector's scheduler side."""
+    scheduler_class: Any = config.scheduler_config.get_scheduler_cls()
+    return scheduler_class(
+        vllm_config=config,
+        kv_cache_config=cache_config,
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=PAGE_TOKENS,
+        log_stats=True,
+    )
+
+
+def make_request(request_id: str, prompt: list[int], max_tokens: int, **options: Any) -> Request:
+    """One that samples so many tokens. ``options`` go to the request."""
+    sampling = SamplingParams(
+        max_tokens=max_tokens, ignore_eos=True, extra_args=options.pop("extra_args", None)
+    )
+    sampling.update_from_generation_config({}, eos_token_id=None)
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=list(prompt),
+        sampling_params=sampling,
+        pooling_params=None,
+        block_hasher=get_request_block_hasher(PAGE_TOKENS, sha256),
+        **options,
+    )
+
+
 def rolling(tokens: list[int]) -> list[int]:
     """The KV of each token: a hash of the prefix that ends with it."""
     value, values = 1, []
@@ -214,7 +242,6 @@ class Engine:
         self.worker = DualPathConnector(self.config, KVConnectorRole.WORKER, self.cache_config)
         self.worker.register_kv_caches(self.caches)
         init_none_hash(sha256)
-        self._hasher = get_request_block_hasher(PAGE_TOKENS, sha256)
         self.scheduler: Scheduler = self._make_scheduler()
         self.connector: DualPathConnector = self.scheduler.connector  # type: ignore[assignment]
         self._closed = False
@@ -228,15 +255,8 @@ class Engine:
             self.grant_persist_slots()
 
     def _make_scheduler(self) -> Scheduler:
-        scheduler_class = self.config.scheduler_config.get_scheduler_cls()
         try:
-            return scheduler_class(
-                vllm_config=self.config,
-                kv_cache_config=self.cache_config,
-                structured_output_manager=StructuredOutputManager(self.config),
-                block_size=PAGE_TOKENS,
-                log_stats=True,
-            )
+            return make_scheduler(self.config, self.cache_config)
         except Exception:  # refused: nobody will close what has been started
             self.worker.shutdown()
             self.mover.die()
@@ -281,16 +301,7 @@ class Engine:
         **options: Any,
     ) -> Request:
         extra_args = None if params is None else {"kv_transfer_params": params}
-        sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=extra_args)
-        sampling.update_from_generation_config({}, eos_token_id=None)
-        request = Request(
-            request_id=request_id,
-            prompt_token_ids=list(prompt),
-            sampling_params=sampling,
-            pooling_params=None,
-            block_hasher=self._hasher,
-            **options,
-        )
+        request = make_request(request_id, prompt, max_tokens, extra_args=extra_args, **options)
         self.prompts[request_id] = list(prompt)
         self.outputs[request_id] = []
         self.scheduler.add_request(request)

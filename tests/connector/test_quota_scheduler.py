@@ -11,7 +11,15 @@ import pytest
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from tests.connector.engine import PAGE_TOKENS, Engine
+from tests.connector.engine import (
+    PAGE_TOKENS,
+    Engine,
+    make_cache_config,
+    make_request,
+    make_scheduler,
+    make_vllm_config,
+    write_model,
+)
 from vllm_dualpath.connector.quota import LEAST_CHUNK_TOKENS
 from vllm_dualpath.connector.quota_scheduler import (
     AsyncQuotaScheduler,
@@ -125,10 +133,9 @@ def test_without_a_profile_it_is_vllm(tmp_path: Path, is_async: bool) -> None:
     plain = AsyncScheduler if is_async else Scheduler
     ours = AsyncQuotaScheduler if is_async else QuotaScheduler
     runs = []
-    for name, scheduler in (("plain", plain), ("ours", ours)):
-        (tmp_path / name).mkdir()
+    for scheduler in (plain, ours):
         made = Engine(
-            tmp_path / name, "both", scheduler_cls=scheduler, is_async=is_async,
+            tmp_path, "both", scheduler_cls=scheduler, is_async=is_async,
             num_blocks=90, max_num_batched_tokens=128, long_prefill_token_threshold=48,
         )  # fmt: skip
         for at in range(8):
@@ -203,3 +210,31 @@ def test_whole_prompts_only_is_refused() -> None:
     config = SimpleNamespace(scheduler_config=SimpleNamespace(enable_chunked_prefill=False))
     with pytest.raises(ConfigError, match="--no-enable-chunked-prefill"):
         check_chunking(config)  # type: ignore[arg-type]
+
+
+def test_a_quota_beside_another_connector(tmp_path: Path) -> None:
+    """Where ours is one of several connectors, the quota is found in its part of the config."""
+    model = write_model(tmp_path / "model")
+    extra = {"role": "both", "profile": write_profile(tmp_path, 1e-3), "quota_s": 0.121}
+    alone = make_vllm_config(model, tmp_path, extra).kv_transfer_config
+    assert alone is not None
+    names = ("kv_connector", "kv_connector_module_path", "kv_role", "kv_load_failure_policy")
+    ours = {name: getattr(alone, name) for name in names}
+    ours["kv_connector_extra_config"] = alone.kv_connector_extra_config
+    elsewhere = {"shared_storage_path": str(tmp_path / "example")}
+    other = {
+        "kv_connector": "ExampleConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": elsewhere,
+    }
+    several = {"kv_connector": "MultiConnector", "kv_connector_module_path": None}
+    extra = {"transfer": several, "connectors": [other, ours]}
+    config = make_vllm_config(model, tmp_path, extra, scheduler_cls=QuotaScheduler)
+    config.cache_config.num_gpu_blocks = 256
+    scheduler = make_scheduler(config, make_cache_config(256))
+    try:
+        for name, length in (("a", 40), ("b", 200)):
+            scheduler.add_request(make_request(name, prompt(length, ord(name)), 1))
+        assert scheduler.schedule().num_scheduled_tokens == {"a": 40, "b": 80}
+    finally:
+        scheduler.shutdown()

@@ -7,8 +7,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_dualpath.bench.profiling import steps
-from vllm_dualpath.connector.step_timing import LINE_TAG, full_chunks, random_chunks
+from vllm_dualpath.connector.step_timing import full_chunks, random_chunks
 
 
 @given(st.integers(1, 100_000), st.integers(1, 8192), st.integers())
@@ -22,8 +21,3 @@ def test_chunks_add_up_and_none_is_too_large(num_tokens: int, largest: int, seed
     ):
         assert sum(chunks) == num_tokens
         assert 0 < min(chunks) <= max(chunks) <= largest
-
-
-def test_both_ends_know_the_same_mark() -> None:
-    """The reader imports no vllm, so it has the mark of our lines a second time."""
-    assert steps._LINE_TAG == LINE_TAG
