@@ -11,7 +11,8 @@ pytest.importorskip("vllm")
 
 from vllm_dualpath.bench.hooks.idle import BatchCost, IdleOverhead
 from vllm_dualpath.bench.hooks.report import IDLE_RATIOS, hook_table, idle_line, to_json
-from vllm_dualpath.bench.hooks.timing import time_hooks
+from vllm_dualpath.bench.hooks.timing import StepTiming, time_hooks
+from vllm_dualpath.bench.hooks.timing_process import run_timing
 from vllm_dualpath.cli.main import main
 from vllm_dualpath.errors import LaunchError
 
@@ -28,9 +29,17 @@ HOOKS = {
 }
 
 
-def test_command_writes_every_hook_and_size(tmp_path: Path, monkeypatch, capsys) -> None:
-    """The real hooks around a real mover, with few steps: JSON for programs, a table for people."""
-    monkeypatch.setattr("vllm_dualpath.cli.bench.time_hooks", lambda _: time_hooks(2, (1, 300)))
+@pytest.fixture(scope="module")
+def timings() -> list[StepTiming]:
+    """The real hooks around a real mover, with few steps."""
+    return time_hooks(2, (1, 300))
+
+
+def test_command_writes_every_hook_and_size(
+    timings: list[StepTiming], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """JSON for programs, a table for people."""
+    monkeypatch.setattr("vllm_dualpath.cli.bench.time_hooks", lambda _: timings)
     with pytest.raises(SystemExit) as ended:
         main(["bench", "hooks", "--short", "--no-idle", "--json", str(tmp_path / "hooks.json")])
     assert ended.value.code == 0
@@ -46,8 +55,15 @@ def test_command_writes_every_hook_and_size(tmp_path: Path, monkeypatch, capsys)
 
 def test_timing_that_fails_says_why() -> None:
     """The end of the child's error output is in the message."""
-    with pytest.raises(LaunchError, match=r"exit code 2:(.|\n)*--pages"):
-        time_hooks(1, ())
+    with pytest.raises(LaunchError, match=r"^timing: .*exit code 2:(.|\n)*: --pages"):
+        run_timing("timing", "json.tool", ["--pages"], timeout_s=60.0)
+
+
+def test_timing_that_does_not_end_is_an_error() -> None:
+    """It is ended at its deadline, which the message names."""
+    sleeping = ["-n", "1", "import time; time.sleep(60)"]
+    with pytest.raises(LaunchError, match=r"^timing: expected an end within 1 s"):
+        run_timing("timing", "timeit", sleeping, timeout_s=0.6)
 
 
 def test_idle_overhead_in_a_sentence_and_in_json() -> None:
@@ -65,8 +81,7 @@ def test_idle_overhead_in_a_sentence_and_in_json() -> None:
     assert report["samples"]["tiny"]["plain"][0] == {"seconds": 1.0, "cpu_s": 1.0}
 
 
-def test_table_names_the_limit() -> None:
+def test_table_names_the_limit(timings: list[StepTiming]) -> None:
     """What is measured stands beside what it is measured against."""
-    timings = time_hooks(1, (1,))
     table = hook_table(timings)
     assert "limit 50" in "".join(str(cell) for cell in table.columns[0].cells)

@@ -53,8 +53,12 @@ class Cluster:
                 mover.close()
                 mover = self._spares.pop(role, None) or self._start(role)
                 self._spares[role] = self._start(role)
+                try:
+                    self.router.join(mover)
+                except BaseException:
+                    mover.close()  # and the next test starts another one
+                    raise
                 setattr(self, role, mover)
-                self.router.join(mover)
         for mover in (self.prefill, self.decode):
             self.router.expect_load(mover, lambda _: True, f"{mover.engine_id} is not alive")
             self.router.received(mover).clear()
