@@ -18,6 +18,7 @@ from vllm_dualpath.messages import (
     PROTOCOL_VERSION,
     Attached,
     Cut,
+    Donate,
     Dropped,
     End,
     EngineMessage,
@@ -78,8 +79,8 @@ class Mover:
         self._loop = EventLoop()
         self._scanning = False
         geometry = self._geometry = geometry_of(spec)
-        self._pool, persist_pool = make_pools(config, geometry, spec.max_model_len)
-        num_slots = self._pool.num_slots + persist_pool.num_slots
+        self._pools = pools = make_pools(config, geometry, spec.max_model_len)
+        num_slots = pools.prompts.num_slots + pools.donor.num_slots + pools.persist.num_slots
         self._staging = SharedMemory("staging", num_slots * geometry.slot_bytes)
         self._max_blocks = geometry.num_blocks(spec.max_model_len)
         self._table = SharedMemory("table", table_bytes(_TABLE_ENTRIES, self._max_blocks))
@@ -114,7 +115,7 @@ class Mover:
         )
         self._ports = self._make_ports()
         self._book.bind(self._ports)
-        self._persist = PersistSlotsLedger(self._ports, persist_pool)
+        self._persist = PersistSlotsLedger(self._ports, pools.persist)
         self._loads = LocalLoads(self._ports, self._answer_load)
         self._index_memory: SharedMemory | None = None
         self._index: LocalIndex | None = None
@@ -158,7 +159,8 @@ class Mover:
             geometry=self._geometry,
             loop=self._loop,
             staging=self._staging,
-            pool=self._pool,
+            pool=self._pools.prompts,
+            donor_pool=self._pools.donor,
             store=self._store,
             storage=self._storage,
             peers=self._peers,
@@ -216,7 +218,8 @@ class Mover:
             address=self._contact.address,
             region=self._contact.region,
             staging_address=self._contact.staging_address,
-            num_slots=self._pool.num_slots,
+            num_slots=self._pools.prompts.num_slots,
+            num_donor_slots=self._pools.donor.num_slots,
             kv_tokens=self._spec.kv_tokens,
         )
 
@@ -233,6 +236,8 @@ class Mover:
                 self._book.reserve(message)
             case Stage():
                 self._book.stage(message)
+            case Donate():
+                self._book.donate(message)
             case Cut():
                 self._book.cut(message.key, message.num_hit_blocks)
             case End():

@@ -78,6 +78,11 @@ class Engine:
         staging_tokens = self.hello.num_slots * self.hello.geometry.block_tokens
         return min(self.hello.max_model_len, staging_tokens)
 
+    @property
+    def donates(self) -> bool:
+        """Whether it can read for requests of other engines."""
+        return self.hello.num_donor_slots > 0 and not self.stats.donor_slots_stuck
+
     # --- the policy's view ---
 
     def state(self, node: int) -> tuple[NodeState, EngineState]:
@@ -87,6 +92,7 @@ class Engine:
         storage.read_rate = self.read_rate.rate
         engine = EngineState()
         engine.role = Role.PREFILL if self.role == "prefill" else Role.DECODE
+        engine.donates = self.donates
         engine.node = node
         engine.num_requests = self.num_requests
         engine.num_tokens = self.num_tokens
@@ -133,6 +139,8 @@ class Engine:
             self.last_moved_s = now_s
         self._measure(stats, now_s)
         self.stats = stats
+        if self._view is not None:
+            self._view.engine(self._index).donates = self.donates
         self.num_loads += 1
         self.last_seen_s = now_s
 
