@@ -477,9 +477,7 @@ def test_transfers_take_turns_in_a_donor_window(machine: ThreeMovers) -> None:
     donor = machine.trio.donor
     while donor.storage.open_tasks:
         (task,) = donor.storage.open_tasks
-        order.append(
-            next(a for a in (0, 1) if task.work.block_hash in machine.attempts[a].prompt.hashes)
-        )  # type: ignore[union-attr]
+        order.append(next(a for a in (0, 1) if task.work.hash in machine.attempts[a].prompt.hashes))  # type: ignore[union-attr]
         machine.store_calls("donor", 0, 1, 1)
         machine.deliver("donor")
     assert order == [0, 1, 0, 1]

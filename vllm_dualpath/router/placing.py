@@ -15,9 +15,10 @@ from vllm_dualpath.router.affinity import PrefixMemory
 from vllm_dualpath.router.booking import Booking
 from vllm_dualpath.router.cluster import Cluster
 from vllm_dualpath.router.engine import Engine
+from vllm_dualpath.router.orders import Prompt
 from vllm_dualpath.router.roster import GroupView, PairGroup
 from vllm_dualpath.router.telemetry import Telemetry
-from vllm_dualpath.router.transfer import Prompt, Transfer
+from vllm_dualpath.router.transfer import Transfer
 from vllm_dualpath.router.waiting import Line, NotNow
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,6 @@ from vllm_dualpath.messages import (
     Committed,
     Cut,
     CutDone,
-    Donate,
     End,
     Ended,
     Message,
@@ -26,14 +25,13 @@ from vllm_dualpath.messages import (
     Reserve,
     Reserved,
     SegmentDone,
-    SegmentSpec,
-    Stage,
     TransferFailed,
     TransferKey,
 )
 from vllm_dualpath.plan import ReadPlan
 from vllm_dualpath.router.booking import Booking
 from vllm_dualpath.router.engine import Engine
+from vllm_dualpath.router.orders import Orders, Prompt, peer_of
 
 logger = logging.getLogger(__name__)
 
@@ -58,17 +56,6 @@ class State(Enum):
     READY = "ready, prefill leg"
     COMMITTED = "committed, decode leg"
     FAILED = "failed"
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """What a transfer moves: the prompt, its blocks' hashes and how often it is taken."""
-
-    num_tokens: int
-    root: bytes
-    block_hashes: tuple[bytes, ...]
-    digest: bytes
-    num_releases: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +126,7 @@ class Transfer:
 
     def start(self) -> None:
         """Ask the decode mover for slots."""
-        self._reserve(self.decode, "decode", _peer(self.prefill, ()))
+        self._reserve(self.decode, "decode", peer_of(self.prefill))
 
     async def wait_ready(self) -> bool:
         """Wait until the prefill side has published its hits; False when the attempt failed."""
@@ -260,16 +247,17 @@ class Transfer:
         if from_decode and self.state is State.RESERVING_DECODE:
             self._decode_slots = message.slots
             self._enter(State.RESERVING_PREFILL)
-            peer = _peer(self.decode, message.slots)
-            self._reserve(self.prefill, "prefill", peer)
+            self._reserve(self.prefill, "prefill", peer_of(self.decode, message.slots))
         elif not from_decode and self.state is State.RESERVING_PREFILL:
             self._enter(State.STAGING)
             self._staged = True
-            decode, prefill = self._decode_slots, message.slots
-            self._send(self.prefill, self._stage("prefill", peer=_peer(self.decode, decode)))
-            self._send(self.decode, self._stage("decode", peer=_peer(self.prefill, prefill)))
+            decode = peer_of(self.decode, self._decode_slots)
+            prefill = peer_of(self.prefill, message.slots)
+            orders = Orders(self.key, self.prompt, self.plan)
+            self._send(self.prefill, orders.stage("prefill", decode))
+            self._send(self.decode, orders.stage("decode", prefill))
             for donor in self.donors:
-                self._send(donor, self._donate(donor, prefill))
+                self._send(donor, orders.donate(donor, prefill, decode))
 
     def _on_segment_done(self, sender: Engine, message: SegmentDone) -> None:
         self.booking.reads_done(sender.engine_id)
@@ -317,38 +305,8 @@ class Transfer:
     # --- inner parts ---
 
     def _reserve(self, engine: Engine, pool: str, peer: Peer) -> None:
-        donors = tuple(_peer(donor, ()) for donor in self.donors)
+        donors = tuple(peer_of(donor) for donor in self.donors)
         self._send(engine, Reserve(self.key, pool, self.prompt.num_tokens, peer, donors))
-
-    def _donate(self, donor: Engine, prefill_slots: tuple[int, ...]) -> Donate:
-        own = tuple(part for part in self._segments() if part.reader == donor.engine_id)
-        return Donate(
-            key=self.key,
-            block_hashes=self.prompt.block_hashes[: own[-1].last_block],
-            segments=own,
-            prefill=_peer(self.prefill, prefill_slots),
-            decode=_peer(self.decode, self._decode_slots),
-        )
-
-    def _segments(self) -> tuple[SegmentSpec, ...]:
-        return tuple(
-            SegmentSpec(part.reader, part.first_block, part.last_block)
-            for part in self.plan.segments
-        )
-
-    def _stage(self, pool: str, peer: Peer) -> Stage:
-        return Stage(
-            key=self.key,
-            pool=pool,
-            num_tokens=self.prompt.num_tokens,
-            num_hit_blocks=self.plan.num_hit_blocks,
-            root=self.prompt.root,
-            block_hashes=self.prompt.block_hashes,
-            digest=self.prompt.digest,
-            segments=self._segments(),
-            peer=peer,
-            num_releases=self.prompt.num_releases if pool == "decode" else 1,
-        )
 
     def _end(self, engine: Engine, drain: bool, reason: str) -> None:
         if self._open_parts.pop(engine.boot_id, None) is None:
@@ -397,18 +355,3 @@ class Transfer:
 
 
 _BEFORE_READY = (State.RESERVING_DECODE, State.RESERVING_PREFILL, State.STAGING)
-
-
-def _peer(engine: Engine, slots: tuple[int, ...]) -> Peer:
-    hello = engine.hello
-    return Peer(
-        engine_id=hello.engine_id,
-        boot_id=hello.boot_id,
-        host_id=hello.host_id,
-        pid=hello.pid,
-        pid_start=hello.pid_start,
-        address=hello.address,
-        region=hello.region,
-        staging_address=hello.staging_address,
-        slots=slots,
-    )
