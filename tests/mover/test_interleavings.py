@@ -465,7 +465,7 @@ def test_a_donor_slot_is_held_until_both_pushes_have_ended(machine: ThreeMovers)
     assert donor.book.num_open == 0
     machine.hear()
     assert machine.attempts[0].done_sides == {"donor"}
-    assert donor.ports.counters.donated_bytes == 2 * GEOMETRY.payload_bytes
+    assert donor.ports.counters.donated_bytes == 2 * GEOMETRY.slot_bytes
 
 
 def test_transfers_take_turns_in_a_donor_window(machine: ThreeMovers) -> None:
@@ -496,7 +496,7 @@ def test_a_side_that_ends_waits_for_its_donor(machine: ThreeMovers) -> None:
     machine.deliver("donor")
     machine.deliver("donor")
     assert all(side.all_free for side in machine.trio.sides)
-    assert donor.ports.counters.donated_bytes == GEOMETRY.payload_bytes
+    assert donor.ports.counters.donated_bytes == GEOMETRY.slot_bytes
 
 
 @pytest.mark.parametrize("dies", [False, True], ids=["router lives", "router lost"])

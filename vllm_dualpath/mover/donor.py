@@ -33,9 +33,10 @@ class DonorTransfer(Part):
             donate.block_hashes,
             DonorWindow(ports.donor_pool),
             self._targets,
-            on_good=self._count,
+            on_good=_nothing,
             on_quiet=self._progress,
             on_push_failed=self._push_failed,
+            donated=True,
         )
         self._reader = self._donated
 
@@ -90,9 +91,6 @@ class DonorTransfer(Part):
 
     # --- inner parts -----------------------------------------------------------------------------
 
-    def _count(self, _block: int) -> None:
-        self._ports.counters.donated_bytes += self._ports.geometry.payload_bytes
-
     def _push_failed(self, peer: Peer, outcome: PutOutcome) -> None:
         if outcome is PutOutcome.AMBIGUOUS:
             self._unproven.add(peer.boot_id)
@@ -114,3 +112,7 @@ class DonorTransfer(Part):
                 self._ports.peers.notify(peer, notice)
         self._ports.tell_router(Ended(self.key))
         self._ports.closed(self.key, frozenset(self._unproven))
+
+
+def _nothing(_block: int) -> None:
+    """The targets hear of a good block, nobody here has to."""

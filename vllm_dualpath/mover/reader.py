@@ -55,7 +55,7 @@ class SegmentReader:
 
     ``on_good(block)`` after each sound block; ``on_quiet()`` whenever a read or push has ended;
     after that ``is_done`` and ``is_quiet_from`` tell what is still under way. ``on_push_failed``
-    when a target cannot be reached.
+    when a target cannot be reached. ``donated``: count what is read as read for others.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class SegmentReader:
         on_good: Callable[[int], None],
         on_quiet: Callable[[], None],
         on_push_failed: Callable[[Peer, PutOutcome], None],
+        donated: bool = False,
     ) -> None:
         self._ports = ports
         self._key = key
@@ -79,6 +80,7 @@ class SegmentReader:
         self._on_good = on_good
         self._on_quiet = on_quiet
         self._on_push_failed = on_push_failed
+        self._donated = donated
         self._limit = segments[-1].last_block
         """Blocks at or beyond it are not wanted (any more)."""
         self._unread = deque(
@@ -183,6 +185,7 @@ class SegmentReader:
         opened = self._open[block]
         opened.is_read = True
         self._ports.counters.storage_read_bytes += task.num_bytes
+        self._ports.counters.donated_bytes += task.num_bytes if self._donated else 0
         if task.error is not None:
             self._failed(block, task.error)
         elif block < self._limit and not task.cancelled:
