@@ -149,6 +149,14 @@ class CheckedTransport(LoopbackTransport):
         self.resume()
         self.pause()
 
+    def deliver_all_but(self, peer_id: int) -> None:
+        """As ``deliver``, but for what was put to one peer."""
+        kept = [batch for batch in self._held if batch.peer_id == peer_id]
+        for batch in kept:
+            self._held.remove(batch)
+        self.deliver()
+        self._held.extendleft(reversed(kept))
+
     def reads(self, address: int, num_bytes: int) -> bool:
         """Whether a put under way reads this memory."""
         return self._names(0, address, num_bytes)

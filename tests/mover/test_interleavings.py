@@ -32,6 +32,7 @@ from vllm_dualpath.messages import (
     TransferFailed,
     TransferKey,
 )
+from vllm_dualpath.storage.base import ReadBlock
 
 ANY = st.integers(0, 7)
 SIDES = ("prefill", "decode")
@@ -240,6 +241,15 @@ class ThreeMovers(RuleBasedStateMachine):
     def deliver(self, role: str) -> None:
         self._side(role).transport.deliver()
         self.trio.spin()
+
+    @rule(role=ALL_ROLES, slow=ROLES)
+    def deliver_to_others(self, role: str, slow: str) -> None:
+        """What one side put arrives, but for what it put to ``slow``."""
+        side, target = self._side(role), self._side(slow).contact
+        connection = side.ports.peers._current.get(target.boot_id)
+        if connection is not None:
+            side.transport.deliver_all_but(connection.peer_id)
+            self.trio.spin()
 
     # --- checks ----------------------------------------------------------------------------------
 
@@ -468,19 +478,32 @@ def test_a_donor_slot_is_held_until_both_pushes_have_ended(machine: ThreeMovers)
     assert donor.ports.counters.donated_bytes == 2 * GEOMETRY.slot_bytes
 
 
+def test_a_side_that_has_everything_does_not_wait_for_the_other(machine: ThreeMovers) -> None:
+    """A donor tells each side as soon as nothing more comes to it: one that hangs holds up none."""
+    staged(machine, *EVERYBODY, splits=(1, 1))
+    prefill, donor = machine.trio.prefill, machine.trio.donor
+    machine.store_calls("donor", 0, 1, 1)
+    for _ in range(2):
+        machine.deliver_to_others("donor", "decode")
+    (transfer,) = prefill.book.transfers
+    assert transfer._open_writers() == []
+    assert donor.donor_pool.num_free == 0
+
+
 def test_transfers_take_turns_in_a_donor_window(machine: ThreeMovers) -> None:
-    """A second transfer's first block goes before the first one's next."""
+    """Each waits for one slot at a time: a second transfer does not wait for all of the first."""
     for choice in range(2):
-        machine.begin(progress=1, splits=DONOR_READS, hits=2, missing=6)
+        machine.begin(progress=1, splits=DONOR_READS, hits=3, missing=6)
         machine.go_on(choice, EVERYBODY, dies=False)
+    donor, (first, _) = machine.trio.donor, machine.attempts
     order = []
-    donor = machine.trio.donor
     while donor.storage.open_tasks:
         (task,) = donor.storage.open_tasks
-        order.append(next(a for a in (0, 1) if task.work.hash in machine.attempts[a].prompt.hashes))  # type: ignore[union-attr]
+        assert isinstance(task.work, ReadBlock)
+        order.append("first" if task.work.hash in first.prompt.hashes else "second")
         machine.store_calls("donor", 0, 1, 1)
         machine.deliver("donor")
-    assert order == [0, 1, 0, 1]
+    assert order == ["first", "first", "second", "first", "second", "second"]
 
 
 def test_a_side_that_ends_waits_for_its_donor(machine: ThreeMovers) -> None:

@@ -24,6 +24,8 @@ class DonorTransfer(Part):
         super().__init__(ports, donate.key)
         self._targets = (Target(donate.prefill, "prefill"), Target(donate.decode, "decode"))
         self._limit = donate.segments[-1].last_block
+        self._told: set[bytes] = set()
+        """Targets that know that nothing more comes."""
         self._unproven: set[bytes] = set()
         """Targets to which a put failed under way: its bytes may arrive later than any notice."""
         self._donated = SegmentReader(
@@ -101,15 +103,21 @@ class DonorTransfer(Part):
         if self.closed:
             return
         self._confirm_cut()
+        for peer in self.peers:
+            if peer.boot_id not in self._told and self._donated.is_done_with(peer.boot_id):
+                self._tell(peer)
         if self._donated.is_done:
             self._close()
 
+    def _tell(self, peer: Peer) -> None:
+        """As soon as a target has everything: the other one may take its time."""
+        self._told.add(peer.boot_id)
+        if peer.boot_id not in self._unproven:
+            notice = WriterStopped(self.key, peer.boot_id, self._ports.boot_id)
+            self._ports.peers.notify(peer, notice)
+
     def _close(self) -> None:
         self.closed = True
-        for peer in self.peers:
-            if peer.boot_id not in self._unproven:
-                notice = WriterStopped(self.key, peer.boot_id, self._ports.boot_id)
-                self._ports.peers.notify(peer, notice)
         self._ports.tell_router(Ended(self.key))
         self._ports.closed(self.key, frozenset(self._unproven))
 

@@ -102,6 +102,12 @@ class SegmentReader:
         """Nothing is read or pushed, and nothing will be."""
         return not self._unread and not self._open
 
+    def is_done_with(self, boot_id: bytes) -> bool:
+        """Nothing is pushed to this target, and nothing will be."""
+        return not self._unread and all(
+            each.is_read and boot_id not in (each.pushing_to or ()) for each in self._open.values()
+        )
+
     @property
     def waits_for_slot(self) -> bool:
         return self._withdraw is not None
