@@ -194,6 +194,7 @@ class Side:
         max_blocks = GEOMETRY.num_blocks(MAX_MODEL_LEN)
         table = SharedMemory("table", table_bytes(TABLE_ENTRIES, max_blocks))
         claims = SharedMemory("claims", claims_bytes(TABLE_ENTRIES))
+        self._memories = (self.staging, table, claims)
         self.table = SlotTableReader(table.map, claims.map, TABLE_ENTRIES, max_blocks)
         region = self.transport.register(self.staging.address, self.staging.num_bytes)
         self.contact = Peer(
@@ -280,6 +281,8 @@ class Side:
 
     def close(self) -> None:
         self.ports.peers.close()
+        for memory in self._memories:
+            os.close(memory.fd)
 
 
 class Trio:

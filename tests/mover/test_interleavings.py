@@ -31,6 +31,8 @@ from vllm_dualpath.messages import (
     SegmentSpec,
     TransferFailed,
     TransferKey,
+    WriterStopped,
+    decode_notice,
 )
 from vllm_dualpath.storage.base import ReadBlock
 
@@ -490,6 +492,22 @@ def test_a_side_that_has_everything_does_not_wait_for_the_other(machine: ThreeMo
     assert donor.donor_pool.num_free == 0
 
 
+def test_a_drained_side_lets_the_donor_go_on(machine: ThreeMovers) -> None:
+    """The prefill side has all and is told to end: what the decode side lacks still comes."""
+    staged(machine, *EVERYBODY, splits=(1, 1))
+    machine.store_calls("donor", 0, 1, 1)
+    machine.deliver_to_others("donor", "decode")
+    machine.store_calls("prefill", 0, 1, 1)
+    machine.claim(0, "prefill")
+    machine.save(0, GEOMETRY.num_layers)
+    machine.end(0, "prefill", drain=True)
+    machine.release(0)
+    machine.deliver("prefill")
+    machine.deliver("donor")
+    machine.claim(0, "decode")
+    assert machine.attempts[0].claims, "the decode side has committed"
+
+
 def test_transfers_take_turns_in_a_donor_window(machine: ThreeMovers) -> None:
     """Each waits for one slot at a time: a second transfer does not wait for all of the first."""
     for choice in range(2):
@@ -572,14 +590,19 @@ def test_a_cut_waits_for_the_donor(machine: ThreeMovers) -> None:
 
 def test_a_donor_push_of_unknown_outcome_is_no_proof(machine: ThreeMovers) -> None:
     """The side it went to keeps its slots, also after asking; the other one gets its proof."""
-    staged(machine, *EVERYBODY, splits=DONOR_READS)
+    staged(machine, *EVERYBODY, splits=(1, 1))
     prefill, decode, donor = machine.trio.sides
     machine.store_calls("donor", 0, 1, 1)
+    notices = [decode_notice(batch.notice) for batch in donor.transport._held]
+    assert not any(isinstance(notice, WriterStopped) for notice in notices), "too early"
     connections = donor.ports.peers._current
     donor.transport.disconnect(connections[prefill.contact.boot_id].peer_id)
     machine.trio.spin()
     assert any(isinstance(message, TransferFailed) for message in donor.told)
-    for role in ("donor", *SIDES):
+    machine.end(0, "donor", drain=False)
+    machine.deliver("donor")
+    assert donor.book.num_open == 0
+    for role in SIDES:
         machine.end(0, role, drain=False)
     for _ in range(3):
         for role in EVERYBODY:
