@@ -492,6 +492,65 @@ def test_a_side_that_has_everything_does_not_wait_for_the_other(machine: ThreeMo
     assert donor.donor_pool.num_free == 0
 
 
+def test_a_drained_side_asks_a_donor_beyond_the_cut(machine: ThreeMovers) -> None:
+    """Its ``Donate`` was lost and its blocks are cut off: nothing but asking gives the proof."""
+    staged(machine, *SIDES, splits=(1, 1), missing=0)
+    machine.store_calls("prefill", 0, 1, 1)
+    machine.hear()
+    machine.trio.donor.book.cut(machine.attempts[0].key, 0)
+    machine.hear()
+    machine.claim(0, "prefill")
+    assert machine.attempts[0].claims
+    machine.end(0, "prefill", drain=True)
+    machine.release(0)
+    machine.deliver("prefill")
+    machine.deliver("donor")
+    assert machine.trio.prefill.all_free
+
+
+def test_committed_slots_that_a_donor_may_still_write_beyond_the_cut(machine: ThreeMovers) -> None:
+    """The prefill side announced those pages, which says nothing of a donor's push in doubt."""
+    attempt = staged(machine, *EVERYBODY, splits=(1, 1), missing=0)
+    prefill, decode, donor = machine.trio.sides
+    machine.store_calls("donor", 0, 1, 1)
+    donor.transport.disconnect(donor.ports.peers._current[decode.contact.boot_id].peer_id)
+    machine.trio.spin()
+    machine.deliver("donor")
+    assert [type(each) for each in donor.told[-2:]] == [TransferFailed, Ended]
+    machine.hear()
+    machine.store_calls("prefill", 0, 1, 1)
+    machine.hear()
+    machine.claim(0, "prefill")
+    machine.save(0, GEOMETRY.num_layers)
+    machine.deliver("prefill")
+    machine.claim(0, "decode")
+    assert [role for role, _ in attempt.claims] == list(SIDES)
+    for role in SIDES:
+        machine.release(0)
+        machine.end(0, role, drain=True)
+    for _ in range(3):
+        for role in EVERYBODY:
+            machine.deliver(role)
+    assert prefill.all_free
+    assert not decode.all_free
+    donor.book.cut(attempt.key, 0)
+    assert isinstance(donor.told[-1], TransferFailed), "of what is in doubt no cut is confirmed"
+    for transfer in decode.book.transfers:
+        transfer.on_peer_dead(donor.contact.boot_id)
+
+
+def test_a_cut_beyond_a_donors_part(machine: ThreeMovers) -> None:
+    """It is confirmed as it was asked for: it is of the whole hit."""
+    attempt = staged(machine, splits=(0, 0))
+    attempt.asked.add("donor")
+    attempt.staged.add("donor")
+    donor = machine.trio.donor
+    peers = [machine._peer(role, attempt) for role in SIDES]
+    machine.trio.donate(attempt.key, attempt.prompt, SegmentSpec("donor", 0, 1), *peers)
+    donor.book.cut(attempt.key, 2)
+    assert CutDone(attempt.key, 2) in donor.told
+
+
 def test_a_drained_side_lets_the_donor_go_on(machine: ThreeMovers) -> None:
     """The prefill side has all and is told to end: what the decode side lacks still comes."""
     staged(machine, *EVERYBODY, splits=(1, 1))
@@ -606,6 +665,7 @@ def test_a_donor_push_of_unknown_outcome_is_no_proof(machine: ThreeMovers) -> No
         machine.end(0, role, drain=False)
     for _ in range(3):
         for role in EVERYBODY:
+            machine._side(role).storage.finish_one(0)
             machine.deliver(role)
     assert donor.all_free
     assert decode.all_free

@@ -119,7 +119,9 @@ class TransferBook:
 
     def cut(self, key: TransferKey, num_hit_blocks: int) -> None:
         part = self._parts.get(key)
-        if part is None:
+        if part is None and self._tombstones.get(key):
+            self._refuse(key, "a push failed under way")
+        elif part is None:
             self.ports.tell_router(CutDone(key, num_hit_blocks))
         else:
             part.on_cut(num_hit_blocks)
@@ -206,6 +208,13 @@ class TransferBook:
 
     # --- time ------------------------------------------------------------------------------------
 
+    def stop_donating(self) -> bool:
+        """Read no more for others, since the mover ends; whether there was something to stop."""
+        donations = [part for part in self.parts if isinstance(part, DonorTransfer)]
+        for part in donations:
+            part.on_router_lost()
+        return bool(donations)
+
     def check_progress(self) -> None:
         """Fail what is stalled, free what has proof, warn of what is stuck."""
         ports = self.ports
@@ -281,6 +290,8 @@ class TransferBook:
         """What is wrong with a ``Donate``; empty if nothing."""
         if not self.ports.donor_pool.num_slots:
             return "no donor slots here"
+        if len({donate.prefill.boot_id, donate.decode.boot_id, self.ports.boot_id}) < 3:
+            return "donor and sides are not three movers"
         end = 0
         for segment in donate.segments:
             if segment.reader != self.ports.engine_id:

@@ -52,8 +52,9 @@ class DecodeTransfer(Transfer):
 
     def _planned_writers(self) -> list[Peer]:
         if self._entry is not None:
-            # Every page was announced and none is written twice: nothing is left to write.
-            return []
+            # Every page was announced and none is written twice: nothing is left to write, but what
+            # a donor read beyond a cut. Those pages were announced by another.
+            return [donor for donor in self.donors if self._reads_beyond_cut(donor)]
         return [self.peer, *self._readers(self.donors)]
 
     def _needs_peer(self) -> bool:

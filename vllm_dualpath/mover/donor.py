@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from vllm_dualpath.messages import Donate, Ended, Peer, WriterStopped
+from vllm_dualpath.messages import Donate, Ended, Peer, TransferFailed, WriterStopped
 from vllm_dualpath.mover.part import Part
 from vllm_dualpath.mover.peers import PutOutcome
 from vllm_dualpath.mover.ports import Ports
@@ -23,7 +23,7 @@ class DonorTransfer(Part):
     def __init__(self, ports: Ports, donate: Donate) -> None:
         super().__init__(ports, donate.key)
         self._targets = (Target(donate.prefill, "prefill"), Target(donate.decode, "decode"))
-        self._limit = donate.segments[-1].last_block
+        self._limit = len(donate.decode.slots)  # cuts concern all, also those beyond our own part
         self._told: set[bytes] = set()
         """Targets that know that nothing more comes."""
         self._unproven: set[bytes] = set()
@@ -102,7 +102,8 @@ class DonorTransfer(Part):
         """Something was read, pushed or cut."""
         if self.closed:
             return
-        self._confirm_cut()
+        if not self._failed:
+            self._confirm_cut()
         for peer in self.peers:
             if peer.boot_id not in self._told and self._donated.is_done_with(peer.boot_id):
                 self._tell(peer)
@@ -110,7 +111,7 @@ class DonorTransfer(Part):
             self._close()
 
     def _tell(self, peer: Peer) -> None:
-        """As soon as a target has everything: the other one may take its time."""
+        """As soon as nothing more can come to a target: the other one, or a read, may hang."""
         self._told.add(peer.boot_id)
         if peer.boot_id not in self._unproven:
             notice = WriterStopped(self.key, peer.boot_id, self._ports.boot_id)
@@ -118,6 +119,9 @@ class DonorTransfer(Part):
 
     def _close(self) -> None:
         self.closed = True
+        if self._unproven:
+            # Said before, perhaps to nobody; whoever hears this does not go on.
+            self._ports.tell_router(TransferFailed(self.key, "peer_lost"))
         self._ports.tell_router(Ended(self.key))
         self._ports.closed(self.key, frozenset(self._unproven))
 

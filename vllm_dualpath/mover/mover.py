@@ -65,6 +65,7 @@ from vllm_dualpath.transport import make_transport
 logger = logging.getLogger(__name__)
 
 _TABLE_ENTRIES = 1024
+_STOP_DONATING_S = 1.0
 
 
 class Mover:
@@ -360,3 +361,10 @@ class Mover:
                 stack.callback(self._router.close, "ending")
             stack.callback(self._storage.close)
             stack.callback(self._engine.close)
+            stack.callback(self._stop_donating)
+
+    def _stop_donating(self) -> None:
+        """Give both sides of each transfer their proof: between hosts our death is none."""
+        if not self._book.stop_donating():
+            return
+        self._loop.finish(lambda: not self._peers.num_open_puts, _STOP_DONATING_S)

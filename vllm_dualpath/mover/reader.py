@@ -103,9 +103,10 @@ class SegmentReader:
         return not self._unread and not self._open
 
     def is_done_with(self, boot_id: bytes) -> bool:
-        """Nothing is pushed to this target, and nothing will be."""
+        """Nothing is pushed to this target, and nothing will be, though a read may still run."""
         return not self._unread and all(
-            each.is_read and boot_id not in (each.pushing_to or ()) for each in self._open.values()
+            boot_id not in (each.pushing_to or ()) if each.is_read else block >= self._limit
+            for block, each in self._open.items()
         )
 
     @property

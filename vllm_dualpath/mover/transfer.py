@@ -269,7 +269,7 @@ class Transfer(Part):
         retired = self._entry is None or self._ports.table.retire(self._entry, self._num_releases)
         if self._own_writes_done() and (retired or not self._drain):
             self._tell_peer()
-        if self._ending and not (self._drain and self._entry is not None):
+        if self._ending:
             self._ask_donors()
         if not retired or not self._own_done() or self._open_writers():
             return
@@ -294,6 +294,22 @@ class Transfer(Part):
         assert self._stage is not None
         names = {segment.reader for segment in self._stage.segments}
         return [peer for peer in candidates if peer.engine_id in names]
+
+    def _published_of(self, donor: Peer) -> bool:
+        """Whether a block of this donor is among the hits that no cut has taken away."""
+        assert self._stage is not None
+        return any(
+            segment.reader == donor.engine_id and segment.first_block < self._limit
+            for segment in self._stage.segments
+        )
+
+    def _reads_beyond_cut(self, donor: Peer) -> bool:
+        """Whether a block of this donor was cut off the hit."""
+        assert self._stage is not None
+        return any(
+            segment.reader == donor.engine_id and segment.last_block > self._limit
+            for segment in self._stage.segments
+        )
 
     def _needs(self, donor: Peer) -> bool:
         """Whether a donor's part is not all here. Before ``Stage`` nobody's is."""
@@ -325,11 +341,15 @@ class Transfer(Part):
     def _ask_donors(self) -> None:
         """Let those stop, and say so, who may still write.
 
-        Not while draining what is published: then their blocks are all here, and they may be busy
-        with our peer's. A donor that was never told to start has nobody else to learn it from.
+        A donor that was never told to start has nobody else to learn it from. One whose blocks we
+        published does not need to be asked, and while we drain it must not: it may be busy with our
+        peer's.
         """
+        draining = self._drain and self._entry is not None
         for writer in self._open_writers():
-            if writer.boot_id != self.peer.boot_id and writer.boot_id not in self._asked:
+            if writer.boot_id == self.peer.boot_id or (draining and self._published_of(writer)):
+                continue
+            if writer.boot_id not in self._asked:
                 self._asked.add(writer.boot_id)
                 query = StopQuery(self.key, writer.boot_id, self._ports.contact)
                 self._ports.peers.notify(writer, query)

@@ -55,6 +55,7 @@ class Engine:
     _view: ClusterView | None = None
     _index: int = 0
     _heartbeat_s: float | None = None
+    _shunned_until_s: float = 0.0
 
     @property
     def engine_id(self) -> str:
@@ -80,8 +81,18 @@ class Engine:
 
     @property
     def donates(self) -> bool:
-        """Whether it can read for requests of other engines."""
-        return self.hello.num_donor_slots > 0 and not self.stats.donor_slots_stuck
+        """Whether it can read for requests of other engines, as of its last heartbeat."""
+        fit = self.hello.num_donor_slots > 0 and not self.stats.donor_slots_stuck
+        return fit and self.last_seen_s >= self._shunned_until_s
+
+    def shun(self, until_s: float) -> None:
+        """Let it read for no other engine's request until then."""
+        self._shunned_until_s = until_s
+        self._show_donates()
+
+    def _show_donates(self) -> None:
+        if self._view is not None:
+            self._view.engine(self._index).donates = self.donates
 
     # --- the policy's view ---
 
@@ -139,10 +150,9 @@ class Engine:
             self.last_moved_s = now_s
         self._measure(stats, now_s)
         self.stats = stats
-        if self._view is not None:
-            self._view.engine(self._index).donates = self.donates
         self.num_loads += 1
         self.last_seen_s = now_s
+        self._show_donates()
 
     def _measure(self, stats: MoverStats, now_s: float) -> None:
         before_s, self._heartbeat_s = self._heartbeat_s, now_s

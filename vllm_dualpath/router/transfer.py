@@ -36,6 +36,11 @@ from vllm_dualpath.router.orders import Orders, Prompt, peer_of
 logger = logging.getLogger(__name__)
 
 PEER_LOST = "peer_lost"
+_STALLED = "stalled while"
+_SHUN_S = 60.0
+"""A donor that may have failed a request is asked for nothing so long: its heartbeats can be good
+while its reads or pushes are not, and each request would lose an attempt by it.
+"""
 
 Send = Callable[[Engine, Message], None]
 
@@ -126,6 +131,12 @@ class Transfer:
 
     def start(self) -> None:
         """Ask the decode mover for slots."""
+        for mover in self.movers:
+            # Its request may have waited since it was placed.
+            if mover.lost.is_set():
+                self.engine_lost(mover)
+        if self.failure is not None:
+            return
         self._reserve(self.decode, "decode", peer_of(self.prefill))
 
     async def wait_ready(self) -> bool:
@@ -133,7 +144,7 @@ class Transfer:
         while self.state in _BEFORE_READY:
             idle_s = self._idle_left_s()
             if idle_s <= 0:
-                self.fail(f"stalled while {self.state.value}", self._suspect())
+                self.fail(f"{_STALLED} {self.state.value}", self._suspect())
                 break
             await self._wait_for_change(idle_s)
         return self.failure is None
@@ -165,6 +176,8 @@ class Transfer:
         if self.failure is not None:
             return
         self.failure = Failure(reason, engine_id, self.state)
+        for donor in self._blamed(reason, engine_id):
+            donor.shun(self._clock() + _SHUN_S)
         logger.info("transfer %s: failed while %s: %s", self.key, self.state.value, reason)
         self._enter(State.FAILED)
 
@@ -277,7 +290,7 @@ class Transfer:
         if sender.boot_id not in self._cut_by:
             return
         self._cut_by.discard(sender.boot_id)
-        if not self._cut_by:
+        if not self._cut_by and self.failure is None:
             self._send(self.prefill, Cut(self.key, self.num_hit_blocks))
 
     def _on_ended(self, sender: Engine) -> None:
@@ -301,6 +314,16 @@ class Transfer:
             return False
         at_work = engine.engine_id in self.booking.readers or engine.boot_id in self._cut_by
         return engine is self.prefill or at_work
+
+    def _blamed(self, reason: str, engine_id: str) -> list[Engine]:
+        """Donors that may be why it failed."""
+        if any(donor.engine_id == engine_id for donor in self.donors):
+            return [donor for donor in self.donors if donor.engine_id == engine_id]
+        sides_lost = self.prefill.lost.is_set() or self.decode.lost.is_set()
+        if sides_lost or not (reason == PEER_LOST or reason.startswith(_STALLED)):
+            return []
+        # A side that misses somebody does not say whom: those who have not read their part.
+        return [donor for donor in self.donors if donor.engine_id in self.booking.readers]
 
     # --- inner parts ---
 
