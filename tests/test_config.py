@@ -4,7 +4,13 @@ from typing import Any
 
 import pytest
 
-from vllm_dualpath.config import is_loopback, parse_engine_config, parse_router_config
+from vllm_dualpath.blocks import Geometry
+from vllm_dualpath.config import (
+    divide_staging,
+    is_loopback,
+    parse_engine_config,
+    parse_router_config,
+)
 from vllm_dualpath.errors import ConfigError
 
 ENGINE: dict[str, Any] = {
@@ -69,6 +75,39 @@ def test_a_config_does_not_change() -> None:
         config.role = "decode"  # type: ignore[misc]
 
 
+_SMALL = Geometry(64, 32, (1024,), "LBHNC", 1, "uint8")
+
+
+@pytest.mark.parametrize(
+    ("values", "num_slots", "expected"),
+    [
+        ({"role": "prefill"}, 400, (384, 16, 0)),
+        ({"role": "prefill"}, 26, (24, 2, 0)),
+        ({"role": "prefill"}, 10, (10, 0, 0)),
+        ({"role": "prefill", "donor_slots": 0}, 400, (400, 0, 0)),
+        ({"role": "decode"}, 400, (320, 16, 64)),
+        ({"role": "decode", "donor_slots": 3, "persist_slots": 2}, 15, (10, 3, 2)),
+        ({"role": "both", "router": None}, 400, (200, 0, 200)),
+    ],
+)
+def test_how_staging_is_divided(
+    values: dict[str, Any], num_slots: int, expected: tuple[int, int, int]
+) -> None:
+    """Donors get a few of what the longest prompt leaves, unless told otherwise."""
+    staging_bytes = num_slots * _SMALL.slot_bytes
+    config = parse_engine_config({**ENGINE, **values, "staging_bytes": staging_bytes})
+    division = divide_staging(config, _SMALL, 640)
+    found = (division.num_prompt_slots, division.num_donor_slots, division.num_persist_slots)
+    assert found == expected
+
+
+def test_donor_slots_that_do_not_fit_are_refused() -> None:
+    """Also donors must leave room for the longest prompt."""
+    values = {**ENGINE, "staging_bytes": 12 * _SMALL.slot_bytes, "donor_slots": 3}
+    with pytest.raises(ConfigError, match="3 donor slots need 13 slots"):
+        divide_staging(parse_engine_config(values), _SMALL, 640)
+
+
 def test_the_routers_defaults_are_loopback_and_dual() -> None:
     config = parse_router_config({})
     assert (config.control, config.mode) == ("tcp://127.0.0.1:9100", "dual")
@@ -77,7 +116,8 @@ def test_the_routers_defaults_are_loopback_and_dual() -> None:
 @pytest.mark.parametrize(
     ("values", "match"),
     [
-        ({"mode": "pool"}, "mode"),
+        ({"mode": "fastest"}, "mode"),
+        ({"max_readers": 17}, "max_readers"),
         ({"split_fraction": 1.5}, "split_fraction"),
         ({"control": "tcp://0.0.0.0:9100"}, "not loopback"),
         ({"control": "ipc:///x"}, "expected tcp://host:port"),

@@ -306,6 +306,7 @@ class NodeState:
 class EngineState:
     role: Role
     usable: bool
+    donates: bool
     node: int
     group: int
     num_requests: int

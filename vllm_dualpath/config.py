@@ -20,6 +20,9 @@ from vllm_dualpath.errors import ConfigError
 
 GIB = 1 << 30
 
+_DONOR_SLOTS = 16
+"""Enough to keep a storage NIC busy: each slot is free again as soon as its block was pushed."""
+
 _DECODE_PERSIST_SLOTS = 64
 """Enough for the generated blocks of a large batch: each is stored in a fraction of a second."""
 
@@ -70,6 +73,12 @@ class EngineConfig(_Frozen):
         ge=0,
         description="staging slots for storing blocks that no transfer stores; default: 64,"
         " half of the staging for role both",
+    )
+    donor_slots: int | None = Field(
+        None,
+        ge=0,
+        description="staging slots to read through for other engines' transfers; 0: never read for"
+        " others; default: 16, at most an eighth of what the longest prompt leaves",
     )
     store_quota_bytes: int | None = Field(
         None, gt=0, description="evict least recently used blocks above this size"
@@ -187,7 +196,12 @@ class RouterConfig(_Frozen):
         " that both sides end together",
     )
     min_segment_blocks: int = Field(
-        4, ge=1, description="split mode: a side reads at least so many blocks, or none"
+        4,
+        ge=1,
+        description="split and pool mode: each reader reads at least so many blocks, or none",
+    )
+    max_readers: int = Field(
+        4, ge=1, le=16, description="pool mode: at most so many engines read for one request"
     )
     alpha_s: float = Field(
         3.0, gt=0, description="a prefill engine with more seconds to read is avoided"
@@ -231,11 +245,6 @@ class RouterConfig(_Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> RouterConfig:
-        if self.mode == "pool":
-            raise ValueError(
-                "mode 'pool' needs movers that read for others (donors), which are not built yet:"
-                " use 'split'"
-            )
         if self.recompute and self.prefill_tokens_per_s is None and self.profile is None:
             raise ValueError("recompute needs prefill_tokens_per_s or a profile")
         require_security(self.control, self.keys, self.insecure, "control")
@@ -258,6 +267,8 @@ class StagingDivision:
 
     num_prompt_slots: int
     """For transfers and loads."""
+    num_donor_slots: int
+    """To read through for others."""
     num_persist_slots: int
 
 
@@ -267,23 +278,35 @@ def divide_staging(config: EngineConfig, geometry: Geometry, max_model_len: int)
     """
     num_slots = config.staging_bytes // geometry.slot_bytes
     num_prompt = geometry.num_blocks(max_model_len)
-    if config.role == "prefill":
-        num_persist = 0
-    elif config.persist_slots is not None:
-        num_persist = config.persist_slots
-    else:
-        # Without a router every block is stored this way, a whole prompt's at once.
-        wanted = num_slots // 2 if config.role == "both" else _DECODE_PERSIST_SLOTS
-        num_persist = max(1, min(wanted, num_slots - num_prompt))
-    num_needed = num_prompt + num_persist
+    num_persist = _num_persist_slots(config, num_slots, num_prompt)
+    num_donor = _num_donor_slots(config, num_slots - num_prompt - num_persist)
+    num_needed = num_prompt + num_persist + num_donor
     if num_slots < num_needed:
         raise ConfigError(
             f"kv_connector_extra_config.staging_bytes: a request of max_model_len {max_model_len}"
-            f" tokens and {num_persist} persist slots need {num_needed} slots of"
+            f" tokens, {num_persist} persist and {num_donor} donor slots need {num_needed} slots of"
             f" {geometry.slot_bytes} bytes; expected at least {num_needed * geometry.slot_bytes},"
             f" found {config.staging_bytes} ({num_slots} slots); raise it or lower --max-model-len"
         )
-    return StagingDivision(num_slots - num_persist, num_persist)
+    return StagingDivision(num_slots - num_persist - num_donor, num_donor, num_persist)
+
+
+def _num_persist_slots(config: EngineConfig, num_slots: int, num_prompt: int) -> int:
+    if config.role == "prefill":
+        return 0
+    if config.persist_slots is not None:
+        return config.persist_slots
+    # Without a router every block is stored this way, a whole prompt's at once.
+    wanted = num_slots // 2 if config.role == "both" else _DECODE_PERSIST_SLOTS
+    return max(1, min(wanted, num_slots - num_prompt))
+
+
+def _num_donor_slots(config: EngineConfig, num_left: int) -> int:
+    if config.role == "both":
+        return 0
+    if config.donor_slots is not None:
+        return config.donor_slots
+    return max(0, min(_DONOR_SLOTS, num_left // 8))
 
 
 def check_endpoint(value: str) -> str:

@@ -11,7 +11,8 @@ Decoding is strict: unknown types, missing or surplus fields and wrong types rai
 ``ProtocolError``. Nothing here is a pickle, and no message carries code. ``PROTOCOL_VERSION`` is
 compared before anything else is believed.
 
-Version history: 1 - first.
+Version history: 1 - first. 2 - donors: ``Donate``; ``Reserve`` names them, ``Hello`` says how many
+slots there are for it, ``WriterStopped`` says who has stopped.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import msgspec
 from vllm_dualpath.blocks import Geometry
 from vllm_dualpath.errors import ProtocolError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 MAX_MESSAGE_BYTES = 64 << 20
 
@@ -110,6 +111,8 @@ class MoverStats(Message, frozen=True, kw_only=True):
     storage_read_bytes: Count = 0
     storage_read_busy_s: float = 0.0
     """Seconds with at least one read under way."""
+    donated_bytes: Count = 0
+    """Of the bytes read, those for transfers between two other engines."""
     storage_write_bytes: Count = 0
     push_to_prefill_bytes: Count = 0
     push_to_decode_bytes: Count = 0
@@ -126,6 +129,9 @@ class MoverStats(Message, frozen=True, kw_only=True):
     slots_used: Count = 0
     slots_free: Count = 0
     slots_quarantined: Count = 0
+    donor_slots_used: Count = 0
+    donor_slots_stuck: bool = False
+    """Every donor slot waits for a read or a push that makes no progress."""
     read_queue_tokens: Count = 0
     open_transfers: Count = 0
 
@@ -215,6 +221,8 @@ class Reserve(Message, frozen=True):
     """The other side. The decode side reserves first, so it learns the prefill side without
     slots.
     """
+    donors: tuple[Peer, ...] = ()
+    """Further readers of the plan, without slots: once staged, they write to the slots as well."""
 
 
 class Stage(Message, frozen=True, kw_only=True):
@@ -232,6 +240,18 @@ class Stage(Message, frozen=True, kw_only=True):
     peer: Peer
     num_releases: Index = 1
     """How many requests of the engine will take the slots (``n`` of the client's request)."""
+
+
+class Donate(Message, frozen=True, kw_only=True):
+    """Read for a transfer between two others: push every block to both, through donor slots."""
+
+    key: TransferKey
+    block_hashes: tuple[Hash, ...]
+    """Of the prompt's blocks, up to the end of the last segment."""
+    segments: tuple[SegmentSpec, ...]
+    """The donor's own."""
+    prefill: Peer
+    decode: Peer
 
 
 class Cut(Message, frozen=True):
@@ -279,7 +299,9 @@ class Pong(Message, frozen=True):
     router_boot_id: Id16
 
 
-RouterMessage = Welcome | Refused | Reserve | Stage | Cut | End | PeerDied | Evict | Ping | Pong
+RouterMessage = (
+    Welcome | Refused | Reserve | Stage | Donate | Cut | End | PeerDied | Evict | Ping | Pong
+)
 
 # --- mover -> router -----------------------------------------------------------------------------
 
@@ -308,6 +330,8 @@ class Hello(Message, frozen=True, kw_only=True):
     staging_address: Address
     num_slots: Count
     """Slots of the pool that transfers use."""
+    num_donor_slots: Count = 0
+    """Slots to read through for other engines' transfers; 0: it is no donor."""
     kv_tokens: Count = 0
     """Tokens that fit the engine's KV cache; 0: not known."""
 
@@ -581,13 +605,15 @@ class WriterStopped(Message, frozen=True):
 
     key: TransferKey
     receiver_boot_id: Id16
+    sender_boot_id: Id16
 
 
 class StopQuery(Message, frozen=True):
-    """The sender lost its router before it learnt whether the receiver writes to its slots.
+    """The sender has ended the transfer and cannot know that the receiver does not write to its
+    slots: it was never staged itself, or the receiver is a donor that has not said so.
 
     The receiver answers ``WriterStopped`` to ``contact``: at once, and for good, if it does not
-    know the transfer; else when it has ended it.
+    know the transfer; else when it has ended it. A donor ends it for that.
     """
 
     key: TransferKey

@@ -45,7 +45,7 @@ ROUTER_ATTEMPTS_FAILED = Metric(
 ROUTER_PLANNED_TOKENS = Metric(
     "dualpath_router_planned_tokens",
     "counter",
-    "Hit tokens that plans gave to a reader, by the role of the reader's engine.",
+    "Hit tokens that plans gave to a reader: the prefill or the decode side, or a donor.",
     ("reader_role",),
 )
 ROUTER_DECISION_SECONDS = Metric(
@@ -85,6 +85,11 @@ ROUTER_REJECTED_MESSAGES = Metric(
 
 STORAGE_READ_BYTES = Metric(
     "vllm:dualpath_storage_read_bytes", "counter", "Bytes read from the store by this engine."
+)
+DONATED_BYTES = Metric(
+    "vllm:dualpath_donated_bytes",
+    "counter",
+    "Of the bytes read, those for requests of other engines.",
 )
 STORAGE_WRITE_BYTES = Metric(
     "vllm:dualpath_storage_write_bytes", "counter", "Bytes written to the store by this engine."
@@ -136,6 +141,7 @@ FENCE_WAIT_SECONDS = Metric(
     buckets=_WAIT_BUCKETS,
 )
 
+READER_ROLES = ("prefill", "decode", "donor")
 PUSH_DIRECTIONS = ("to_prefill", "to_decode")
 SLOT_STATES = ("used", "free", "quarantined")
 REQUEST_OUTCOMES = ("transferred", "alone", "rejected", "cancelled", "failed")
@@ -153,6 +159,7 @@ ROUTER_METRICS = (
 )
 ENGINE_METRICS = (
     STORAGE_READ_BYTES,
+    DONATED_BYTES,
     STORAGE_WRITE_BYTES,
     PUSH_BYTES,
     HIT_TOKENS,

@@ -37,6 +37,7 @@ void bind_state(py::module_& module) {
         .def(py::init<>())
         .def_readwrite("role", &EngineState::role)
         .def_readwrite("usable", &EngineState::usable)
+        .def_readwrite("donates", &EngineState::donates)
         .def_readwrite("node", &EngineState::node)
         .def_readwrite("group", &EngineState::group)
         .def_readwrite("num_requests", &EngineState::num_requests)

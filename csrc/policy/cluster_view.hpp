@@ -26,6 +26,7 @@ struct NodeState {
 struct EngineState {
     Role role = Role::kPrefill;
     bool usable = true;
+    bool donates = true;  // may read for requests of other engines (pool)
     std::uint32_t node = 0;
     std::uint32_t group = 0;                 // of decode engines with one leader
     std::int64_t num_requests = 0;           // unfinished (seq_e)

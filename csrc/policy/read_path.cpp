@@ -111,14 +111,14 @@ void ReadPlanner::split(const ClusterView& view, const Request& request, BlockRa
 }
 
 void ReadPlanner::find_readers(const ClusterView& view, const Decision& decision) {
-    // A node reads through the chosen engine on it, or the first usable one.
+    // A node reads through the chosen engine on it, or the first usable one that reads for others.
     reader_of_node_.assign(view.nodes.size(), kNone);
     reader_of_node_[view.engines[decision.decode].node] = decision.decode;
     reader_of_node_[view.engines[decision.prefill].node] = decision.prefill;
     for (std::uint32_t e = 0; e < view.engines.size(); ++e) {
         const EngineState& engine = view.engines[e];
         std::uint32_t& reader = reader_of_node_[engine.node];
-        if (reader == kNone && engine.usable) reader = e;
+        if (reader == kNone && engine.usable && engine.donates) reader = e;
     }
 }
 

@@ -36,6 +36,7 @@ ClusterView draw_view(Random& random) {
         EngineState engine;
         engine.role = draw(random, 2) == 0 ? Role::kPrefill : Role::kDecode;
         engine.usable = draw(random, 8) != 0;
+        engine.donates = draw(random, 8) != 0;
         engine.node =
             static_cast<std::uint32_t>(draw(random, static_cast<std::int64_t>(view.nodes.size())));
         engine.group = static_cast<std::uint32_t>(draw(random, 3));
@@ -89,6 +90,8 @@ void check_placed(const ClusterView& view, const Parameters& parameters, const R
         next = segment.last_block;
         CHECK(view.engines[segment.engine].usable);
         CHECK(view.engines[segment.engine].node == segment.node);
+        CHECK(view.engines[segment.engine].donates || segment.engine == decision.prefill ||
+              segment.engine == decision.decode);
         CHECK(!is_plain || segment.engine == decision.prefill || segment.engine == decision.decode);
         nodes.push_back(segment.node);
     }

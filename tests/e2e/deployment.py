@@ -25,6 +25,7 @@ _START_S = 300.0
 _POLL_S = 0.05
 _HEARTBEAT_S = 1.0
 _STAGING_BYTES = 64 << 20
+_MOVER_GAUGES = ("slots_used", "slots_quarantined", "donor_slots_used", "open_transfers")
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float) -> None:
@@ -49,7 +50,7 @@ class Deployment:
         extra_config: Mapping[str, object] | None = None,
         mode: str = "split",
     ) -> None:
-        self._file_bytes = block_file_bytes(model)
+        self.file_bytes = block_file_bytes(model)
         self.store = store
         self.spec = ClusterSpec(
             model=model_dir,
@@ -82,6 +83,12 @@ class Deployment:
         self.spec = replace(self.spec, extra_config=merged)
         self.cluster = LocalCluster(self.spec)
         self.cluster.__enter__()
+
+    @property
+    def control(self) -> str:
+        """Where movers find the router."""
+        command = self.cluster.router.command
+        return command[command.index("--control") + 1]
 
     def replace_router(self, mode: str, *args: str) -> None:
         """SIGKILL the router, start another one on its ports, wait until both engines are in it."""
@@ -151,7 +158,7 @@ class Deployment:
     def counters(self, role: str) -> Counters:
         """What one engine has counted, once nothing is open."""
         return counters_of(
-            scrape(self.engine_url(role)), self.status(role)["stats"], self._file_bytes
+            scrape(self.engine_url(role)), self.status(role)["stats"], self.file_bytes
         )
 
     def drained(self) -> tuple[Counters, Counters]:
@@ -170,13 +177,13 @@ class Deployment:
         status = self.cluster.status()
         found: dict[str, object] = {"router.transfers": status["transfers"]}
         for engine in status["engines"]:
-            for name in ("slots_used", "slots_quarantined", "open_transfers"):
-                found[f"{engine['role']}.{name}"] = engine["stats"][name]
+            for name in _MOVER_GAUGES:
+                found[f"{engine['engine_id']}.{name}"] = engine["stats"][name]
         for role in ("prefill", "decode"):
             samples = scrape(self.engine_url(role))
             for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
                 found[f"{role}.{name}"] = samples.value(f"vllm:{name}")
-        found["engines missing"] = 2 - len(status["engines"])
+        found["engines missing"] = max(0, 2 - len(status["engines"]))
         return {name: value for name, value in found.items() if value}
 
     # --- the store ---

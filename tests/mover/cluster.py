@@ -1,8 +1,9 @@
-"""A router, a prefill mover and a decode mover over one store, for tests to drive."""
+"""A router, a prefill mover and a decode mover over one store, and a donor for those who ask."""
 
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tests.mover.scripted_transfer import Transfer
 from vllm_dualpath.control.slot_table import ClaimedTransfer
 from vllm_dualpath.messages import Committed, Ended, Ready
 
+NUM_DONOR_SLOTS = 2
 DEADLINES = {"stage_s": 1.0, "router_lost_s": 1.2}
 
 
@@ -32,24 +34,40 @@ class Cluster:
         self.decode = self._start("decode")
         self.router.join(self.prefill)
         self.router.join(self.decode)
+        self.donor: MoverProcess | None = None
+
+    @property
+    def movers(self) -> list[MoverProcess]:
+        """All that were started for tests and may be alive."""
+        donors = [] if self.donor is None else [self.donor]
+        return [self.prefill, self.decode, *donors]
+
+    def need_donor(self) -> MoverProcess:
+        """A third mover, registered: that of another prefill engine."""
+        if self.donor is None:
+            self.donor = self._start("donor")
+            self.router.join(self.donor)
+        return self.donor
 
     def _start(self, role: str) -> MoverProcess:
         name = f"{role}{next(self._numbers)}"
+        config = {"donor_slots": NUM_DONOR_SLOTS} if role == "donor" else {}
         return MoverProcess(
             self.directory,
             name,
-            role,
+            "prefill" if role == "donor" else role,
             self.router.endpoint,
             self.store,
             deadlines=DEADLINES,
             **BLOCKING_IO,
+            **config,
         )
 
     def refresh(self) -> None:
-        """Start again what is dead, and wait until both are registered with this router."""
-        for role in ("prefill", "decode"):
-            mover: MoverProcess = getattr(self, role)
-            if mover.process.poll() is not None:
+        """Start again what is dead, and wait until all are registered with this router."""
+        for role in ("prefill", "decode", "donor"):
+            mover: MoverProcess | None = getattr(self, role)
+            if mover is not None and mover.process.poll() is not None:
                 mover.close()
                 mover = self._spares.pop(role, None) or self._start(role)
                 self._spares[role] = self._start(role)
@@ -59,9 +77,16 @@ class Cluster:
                     mover.close()  # and the next test starts another one
                     raise
                 setattr(self, role, mover)
-        for mover in (self.prefill, self.decode):
+        for mover in self.movers:
             self.router.expect_load(mover, lambda _: True, f"{mover.engine_id} is not alive")
             self.router.received(mover).clear()
+
+    def replace_router(self) -> None:
+        """Another router boot id, as a restarted router has one."""
+        self.router.boot_id = os.urandom(16)
+        self.router.hellos.clear()
+        for mover in self.movers:
+            self.router.join(mover)
 
     def prompt(self, num_tokens: int, num_stored: int) -> Prompt:
         """A prompt of which the store has the leading blocks."""
@@ -72,6 +97,11 @@ class Cluster:
     def transfer(self, num_tokens: int = 37, num_stored: int = 3) -> Transfer:
         prompt = self.prompt(num_tokens, num_stored)
         return Transfer(self.router, self.prefill, self.decode, prompt)
+
+    def donated(self, num_tokens: int = 37, num_stored: int = 4) -> Transfer:
+        """A transfer of which the donor reads a part."""
+        prompt = self.prompt(num_tokens, num_stored)
+        return Transfer(self.router, self.prefill, self.decode, prompt, self.need_donor())
 
     def claim_ready(self, transfer: Transfer, num_hit_blocks: int) -> ClaimedTransfer:
         """Wait for ``Ready`` and claim at the prefill engine."""
@@ -105,7 +135,7 @@ class Cluster:
 
     def assert_all_free(self) -> None:
         """Every living mover reports that nothing is open, and its log no bug."""
-        for mover in (self.prefill, self.decode):
+        for mover in self.movers:
             if mover.process.poll() is None:
                 self.wait_free(mover)
             mover.assert_clean_log()
@@ -117,6 +147,7 @@ class Cluster:
                 load.stats.open_transfers == 0
                 and load.stats.slots_used == 0
                 and load.stats.slots_quarantined == 0
+                and load.stats.donor_slots_used == 0
                 and load.stats.slots_free > 0
             ),
             f"slots of {mover.engine_id} are not all free",
@@ -133,6 +164,6 @@ class Cluster:
         return code
 
     def close(self) -> None:
-        for mover in (self.prefill, self.decode, *self._spares.values()):
+        for mover in (*self.movers, *self._spares.values()):
             mover.close()
         self.router.close()

@@ -1,4 +1,4 @@
-"""Two movers' transfer books in one process, every step of store and network in a test's hand."""
+"""Movers' transfer books in one process, every step of store and network in a test's hand."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from vllm_dualpath.control.slot_table import (
 )
 from vllm_dualpath.errors import BlockNotFound
 from vllm_dualpath.messages import (
+    Donate,
     MoverMessage,
     Peer,
     Reserve,
@@ -40,6 +41,8 @@ from vllm_dualpath.transport.base import PutArray
 from vllm_dualpath.transport.loopback import LoopbackTransport
 
 NUM_SLOTS = 8
+NUM_DONOR_SLOTS = 1
+"""Fewer than a donor's blocks."""
 TABLE_ENTRIES = 4
 
 
@@ -51,6 +54,8 @@ class StepStorage:
         self.queued: list[IoTask] = []
         self.running: list[IoTask] = []
         self.cancelled: list[IoTask] = []
+        self.stalled: list[IoTask] = []
+        """What the test says makes no progress."""
         self._num_writes = 0
 
     @property
@@ -74,7 +79,7 @@ class StepStorage:
             self.cancelled.append(task)
 
     def stalled_reads(self, _now_s: float, _deadline_s: float) -> list[IoTask]:
-        return []
+        return self.stalled
 
     def start_one(self, choice: int) -> None:
         """A thread takes a task: from here on it cannot be cancelled."""
@@ -144,6 +149,14 @@ class CheckedTransport(LoopbackTransport):
         self.resume()
         self.pause()
 
+    def deliver_all_but(self, peer_id: int) -> None:
+        """As ``deliver``, but for what was put to one peer."""
+        kept = [batch for batch in self._held if batch.peer_id == peer_id]
+        for batch in kept:
+            self._held.remove(batch)
+        self.deliver()
+        self._held.extendleft(reversed(kept))
+
     def reads(self, address: int, num_bytes: int) -> bool:
         """Whether a put under way reads this memory."""
         return self._names(0, address, num_bytes)
@@ -170,15 +183,18 @@ class Side:
         self.transport.on_put = self._check_put
         self.transport.pause()
         self.storage = StepStorage(store)
-        self.staging = SharedMemory("staging", NUM_SLOTS * GEOMETRY.slot_bytes)
+        num_slots = NUM_SLOTS + NUM_DONOR_SLOTS
+        self.staging = SharedMemory("staging", num_slots * GEOMETRY.slot_bytes)
         self.pool = SlotPool(role, 0, NUM_SLOTS)
+        self.donor_pool = SlotPool("donor", NUM_SLOTS, NUM_DONOR_SLOTS)
         self.book = TransferBook()
-        self.other: Side
+        self.others: list[Side] = []
         self.claimed: set[int] = set()
         """Slots that the engine may copy from or to, kept by the test."""
         max_blocks = GEOMETRY.num_blocks(MAX_MODEL_LEN)
         table = SharedMemory("table", table_bytes(TABLE_ENTRIES, max_blocks))
         claims = SharedMemory("claims", claims_bytes(TABLE_ENTRIES))
+        self._memories = (self.staging, table, claims)
         self.table = SlotTableReader(table.map, claims.map, TABLE_ENTRIES, max_blocks)
         region = self.transport.register(self.staging.address, self.staging.num_bytes)
         self.contact = Peer(
@@ -197,11 +213,16 @@ class Side:
             engine_id=role,
             boot_id=self.contact.boot_id,
             contact=self.contact,
-            config=EngineConfig(role=role, store="file:///x", router="tcp://127.0.0.1:1"),  # type: ignore[arg-type]
+            config=EngineConfig(
+                role="decode" if role == "decode" else "prefill",
+                store="file:///x",
+                router="tcp://127.0.0.1:1",
+            ),
             geometry=GEOMETRY,
             loop=loop,
             staging=self.staging,
             pool=self.pool,
+            donor_pool=self.donor_pool,
             store=store,  # type: ignore[arg-type]
             storage=self.storage,  # type: ignore[arg-type]
             peers=PeerDirectory(self.transport, loop, host_id(), counters, self.book.notice),
@@ -214,8 +235,12 @@ class Side:
         )
         self.ports: Ports = ports
         self.book.bind(ports)
-        release = self.pool.release
-        self.pool.release = partial(self._release, release)  # type: ignore[method-assign]
+        for pool in (self.pool, self.donor_pool):
+            pool.release = partial(self._release, pool.release)  # type: ignore[method-assign]
+
+    @property
+    def all_free(self) -> bool:
+        return (self.pool.num_free, self.donor_pool.num_free) == (NUM_SLOTS, NUM_DONOR_SLOTS)
 
     def address(self, slot: int) -> int:
         return self.staging.address + slot * GEOMETRY.slot_bytes
@@ -227,59 +252,99 @@ class Side:
             where = (self.address(slot), GEOMETRY.slot_bytes)
             assert not self.storage.touches(*where), f"{self.role} slot {slot}: store call open"
             assert not self.transport.reads(*where), f"{self.role} slot {slot}: own put open"
-            assert not self.other.transport.writes(*where), f"{self.role} slot {slot}: peer writes"
+            self.check_unwritten(slot)
         release(slots)
 
+    def check_unwritten(self, slot: int) -> None:
+        """No other mover has a put to this slot under way."""
+        where = (self.address(slot), GEOMETRY.slot_bytes)
+        for other in self.others:
+            writes = other.transport.writes(*where)
+            assert not writes, f"{self.role} slot {slot}: {other.role} writes"
+
     def _check_put(self, pieces: PutArray, notice: bytes) -> None:
-        """Each put goes to slots that this very transfer holds at the peer."""
-        key = decode_notice(notice).key
+        """Each put goes to slots that this very transfer holds at the peer, and that its engine
+        neither reads nor writes.
+        """
+        message = decode_notice(notice)
+        (peer,) = (o for o in self.others if o.contact.boot_id == message.receiver_boot_id)
         held = {
             slot
-            for transfer in self.other.book.transfers
-            if transfer.key == key
+            for transfer in peer.book.transfers
+            if transfer.key == message.key
             for slot in transfer.slots
         }
         for piece in pieces.tolist():
-            slot = (piece[1] - self.other.staging.address) // GEOMETRY.slot_bytes
-            assert slot in held, f"{self.role} writes to slot {slot} that {key} does not hold"
+            slot = (piece[1] - peer.staging.address) // GEOMETRY.slot_bytes
+            assert slot in held, f"{self.role} writes to slot {slot} not held by {message.key}"
+            assert slot not in peer.claimed, f"{self.role} writes to {peer.role}'s claimed {slot}"
 
     def close(self) -> None:
         self.ports.peers.close()
+        for memory in self._memories:
+            os.close(memory.fd)
 
 
-class Pair:
-    """Both sides on one loop, and the messages a router would send."""
+class Trio:
+    """Two sides and a donor on one loop, and the messages a router would send."""
 
     def __init__(self) -> None:
         self.loop = EventLoop()
         self.store = MemoryStore()
         self.prefill = Side("prefill", self.loop, self.store)
         self.decode = Side("decode", self.loop, self.store)
-        self.prefill.other, self.decode.other = self.decode, self.prefill
-        self.sides = (self.prefill, self.decode)
+        self.donor = Side("donor", self.loop, self.store)
+        self.sides = (self.prefill, self.decode, self.donor)
+        for side in self.sides:
+            side.others = [each for each in self.sides if each is not side]
         self._numbers = itertools.count(1)
 
     def new_key(self) -> TransferKey:
         return TransferKey(next(self._numbers).to_bytes(16, "big"), 0)
 
-    def reserve(self, side: Side, key: TransferKey, prompt: Prompt, peer: Peer) -> None:
-        side.book.reserve(Reserve(key, side.role, len(prompt.tokens), peer))
+    def reserve(
+        self, side: Side, key: TransferKey, prompt: Prompt, peer: Peer, *, donated: bool = False
+    ) -> None:
+        donors = (self.donor.contact,) if donated else ()
+        side.book.reserve(Reserve(key, side.role, len(prompt.tokens), peer, donors))
 
     def stage(
-        self, side: Side, key: TransferKey, prompt: Prompt, split: int, hits: int, peer: Peer
+        self,
+        side: Side,
+        key: TransferKey,
+        prompt: Prompt,
+        segments: tuple[SegmentSpec, ...],
+        peer: Peer,
     ) -> None:
-        segments = [SegmentSpec("prefill", 0, split), SegmentSpec("decode", split, hits)]
         side.book.stage(
             Stage(
                 key=key,
                 pool=side.role,
                 num_tokens=len(prompt.tokens),
-                num_hit_blocks=hits,
+                num_hit_blocks=segments[-1].last_block if segments else 0,
                 root=ROOT,
                 block_hashes=prompt.hashes,
                 digest=prompt.digest,
-                segments=tuple(each for each in segments if each.first_block < each.last_block),
+                segments=segments,
                 peer=peer,
+            )
+        )
+
+    def donate(
+        self,
+        key: TransferKey,
+        prompt: Prompt,
+        segment: SegmentSpec,
+        prefill: Peer,
+        decode: Peer,
+    ) -> None:
+        self.donor.book.donate(
+            Donate(
+                key=key,
+                block_hashes=prompt.hashes[: segment.last_block],
+                segments=(segment,),
+                prefill=prefill,
+                decode=decode,
             )
         )
 

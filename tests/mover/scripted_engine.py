@@ -148,6 +148,7 @@ class MoverProcess:
             "store": f"file://{store}",
             "staging_bytes": 24 * GEOMETRY.slot_bytes,
             "persist_slots": 4,
+            "donor_slots": 0,
             **config,
         }
         if router is not None:

@@ -9,6 +9,7 @@ from tests.mover.scripted_engine import MoverProcess
 from tests.mover.scripted_router import ScriptedRouter
 from vllm_dualpath.control.slot_table import ClaimedTransfer
 from vllm_dualpath.messages import (
+    Donate,
     End,
     Peer,
     Reserve,
@@ -23,12 +24,19 @@ class Transfer:
     """One transfer as a router drives it; each step is a method."""
 
     def __init__(
-        self, router: ScriptedRouter, prefill: MoverProcess, decode: MoverProcess, prompt: Prompt
+        self,
+        router: ScriptedRouter,
+        prefill: MoverProcess,
+        decode: MoverProcess,
+        prompt: Prompt,
+        donor: MoverProcess | None = None,
     ) -> None:
         self.router = router
         self.prefill = prefill
         self.decode = decode
         self.prompt = prompt
+        self.donor = donor
+        self.donor_reads_from: int | None = None
         self.key = TransferKey(os.urandom(16), 0)
         self.prefill_slots: tuple[int, ...] = ()
         self.decode_slots: tuple[int, ...] = ()
@@ -38,7 +46,8 @@ class Transfer:
     def ask_decode(self) -> None:
         """Send the decode side's ``Reserve``."""
         num_tokens = len(self.prompt.tokens)
-        self.router.send(self.decode, Reserve(self.key, "decode", num_tokens, self.prefill.peer()))
+        reserve = Reserve(self.key, "decode", num_tokens, self.prefill.peer(), self._donors())
+        self.router.send(self.decode, reserve)
 
     def reserve_decode(self) -> None:
         self.ask_decode()
@@ -47,12 +56,44 @@ class Transfer:
     def reserve_prefill(self) -> None:
         num_tokens = len(self.prompt.tokens)
         peer = self.decode.peer(self.decode_slots)
-        self.router.send(self.prefill, Reserve(self.key, "prefill", num_tokens, peer))
+        reserve = Reserve(self.key, "prefill", num_tokens, peer, self._donors())
+        self.router.send(self.prefill, reserve)
         self.prefill_slots = self.router.expect(self.prefill, Reserved, self.key).slots
 
     def reserve(self) -> None:
         self.reserve_decode()
         self.reserve_prefill()
+
+    def _donors(self) -> tuple[Peer, ...]:
+        return () if self.donor is None else (self.donor.peer(),)
+
+    def stage_donated(self, split: int, donated: int, num_hit_blocks: int) -> None:
+        """As ``stage``, and the donor reads ``[donated, num_hit_blocks)``."""
+        self.donor_reads_from = donated
+        self.stage(split, num_hit_blocks)
+        self.donate(num_hit_blocks)
+
+    def donate(self, num_hit_blocks: int) -> None:
+        assert self.donor is not None
+        (part,) = (s for s in self._segments(0, num_hit_blocks) if s.reader == self.donor.engine_id)
+        donate = Donate(
+            key=self.key,
+            block_hashes=self.prompt.hashes[:num_hit_blocks],
+            segments=(part,),
+            prefill=self.prefill.peer(self.prefill_slots),
+            decode=self.decode.peer(self.decode_slots),
+        )
+        self.router.send(self.donor, donate)
+
+    def _segments(self, split: int, num_hit_blocks: int) -> tuple[SegmentSpec, ...]:
+        donated = num_hit_blocks if self.donor_reads_from is None else self.donor_reads_from
+        parts = [
+            SegmentSpec(self.prefill.engine_id, 0, min(split, donated)),
+            SegmentSpec(self.decode.engine_id, min(split, donated), donated),
+        ]
+        if self.donor is not None:
+            parts.append(SegmentSpec(self.donor.engine_id, donated, num_hit_blocks))
+        return tuple(each for each in parts if each.first_block < each.last_block)
 
     def stage(self, split: int, num_hit_blocks: int, num_releases: int = 1) -> None:
         """The prefill side reads ``[0, split)``, the decode side the rest."""
@@ -73,10 +114,6 @@ class Transfer:
             if at_prefill
             else self.prefill.peer(self.prefill_slots)
         )
-        segments = [
-            SegmentSpec(self.prefill.engine_id, 0, split),
-            SegmentSpec(self.decode.engine_id, split, num_hit_blocks),
-        ]
         message = Stage(
             key=self.key,
             pool="prefill" if at_prefill else "decode",
@@ -85,7 +122,7 @@ class Transfer:
             root=ROOT,
             block_hashes=self.prompt.hashes,
             digest=self.prompt.digest,
-            segments=tuple(each for each in segments if each.first_block < each.last_block),
+            segments=self._segments(split, num_hit_blocks),
             peer=peer,
             num_releases=num_releases,
         )

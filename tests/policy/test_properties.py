@@ -27,6 +27,7 @@ ENGINES = st.lists(
         {
             "role": st.sampled_from([Role.PREFILL, Role.DECODE]),
             "usable": st.booleans() | st.just(True),
+            "donates": st.booleans(),
             "group": st.integers(0, 1),
             "num_requests": st.integers(0, 3),
             "num_tokens": st.integers(0, 3).map(lambda n: n * 500),
@@ -116,6 +117,8 @@ def test_decisions_are_complete_within_limits_and_repeatable(
     readers = [reader for reader, _, _ in decision.segments]
     assert len(set(readers)) == len(readers) <= (parameters["max_readers"] if mode == "pool" else 2)
     assert all(engines[reader]["usable"] for reader in readers)
+    sides = (decision.prefill, decision.decode)
+    assert all(engines[reader]["donates"] for reader in readers if reader not in sides)
     if len(readers) > 1:
         shares = [last - first for _, first, last in decision.segments]
         assert min(shares) >= parameters["min_segment_blocks"]

@@ -28,6 +28,7 @@ from vllm_dualpath.messages import (
     Committed,
     Cut,
     CutDone,
+    Donate,
     End,
     Ended,
     GeometrySpec,
@@ -215,6 +216,7 @@ class ScriptedMover:
             "region": b"region",
             "staging_address": 4096,
             "num_slots": 64,
+            "num_donor_slots": 4,
         }
         return Hello(**{**fields, **self.hello_changes})
 
@@ -268,6 +270,11 @@ class ScriptedMover:
             self.say(Reserved(message.key, tuple(range(num_slots))))
         elif isinstance(message, Stage):
             self._stage(message)
+        elif isinstance(message, Donate):
+            for segment in message.segments:
+                first, last = segment.first_block, segment.last_block
+                self.say(SegmentDone(message.key, first, last, last, ""))
+            self.say(Ended(message.key))
         elif isinstance(message, Cut):
             answer = CutDone if self.role == "decode" else Ready
             self.say(answer(message.key, message.num_hit_blocks))

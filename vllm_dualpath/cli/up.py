@@ -22,7 +22,9 @@ def up(
     store: Annotated[str, typer.Option(help="Where Full Blocks live: file:///absolute/path.")],
     prefill: Annotated[int, typer.Option(help="Number of prefill engines.")] = 1,
     decode: Annotated[int, typer.Option(help="Number of decode engines.")] = 1,
-    mode: Annotated[str, typer.Option(help="Who reads: prefill_only, dual or split.")] = "dual",
+    mode: Annotated[
+        str, typer.Option(help="Who reads: prefill_only, dual, split or pool.")
+    ] = "dual",
     port: Annotated[int, typer.Option(help="Port of the router, where clients go.")] = 9000,
     status_json: Annotated[
         Path | None, typer.Option(help="When ready, write addresses and process ids here.")

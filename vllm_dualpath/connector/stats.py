@@ -92,6 +92,7 @@ class Recorder:
         last, self._mover = self._mover, stats
         for metric, label, now, before in (
             (metrics.STORAGE_READ_BYTES, "", stats.storage_read_bytes, last.storage_read_bytes),
+            (metrics.DONATED_BYTES, "", stats.donated_bytes, last.donated_bytes),
             (metrics.STORAGE_WRITE_BYTES, "", stats.storage_write_bytes, last.storage_write_bytes),
             (
                 metrics.PUSH_BYTES,

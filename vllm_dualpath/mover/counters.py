@@ -11,6 +11,7 @@ class Counters:
     """Cumulative since start; see ``messages.MoverStats``."""
 
     storage_read_bytes: int = 0
+    donated_bytes: int = 0
     storage_write_bytes: int = 0
     push_to_prefill_bytes: int = 0
     push_to_decode_bytes: int = 0

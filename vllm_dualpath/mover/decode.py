@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 
-from vllm_dualpath.messages import Committed, PagesGood
+from vllm_dualpath.messages import Committed, PagesGood, Peer
 from vllm_dualpath.mover.persist import record_store
 from vllm_dualpath.mover.storage_queue import IoTask
 from vllm_dualpath.mover.transfer import Transfer
@@ -16,6 +16,10 @@ from vllm_dualpath.storage.base import WriteBlock
 class DecodeTransfer(Transfer):
     """Committed when every page of every layer is good; then its new blocks go to the store."""
 
+    @property
+    def _peer_role(self) -> str:
+        return "prefill"
+
     def _staged(self) -> None:
         geometry = self._ports.geometry
         self._good = np.zeros((geometry.num_layers, geometry.num_pages(self._num_tokens)), np.bool_)
@@ -23,6 +27,10 @@ class DecodeTransfer(Transfer):
     def _mark_block(self, block: int) -> None:
         per_block = self._ports.geometry.pages_per_block
         self._good[:, block * per_block : (block + 1) * per_block] = True
+
+    def _has_block(self, block: int) -> bool:
+        per_block = self._ports.geometry.pages_per_block
+        return bool(self._good[:, block * per_block : (block + 1) * per_block].all())
 
     def _mark_pages(self, notice: PagesGood) -> None:
         first_allowed = self._limit * self._ports.geometry.pages_per_block
@@ -42,9 +50,12 @@ class DecodeTransfer(Transfer):
             self._ports.tell_router(Committed(self.key))
             self._store_new_blocks()
 
-    def _peer_writes(self) -> bool:
-        # Every page was announced and none is written twice: nothing is left to write.
-        return self._entry is None
+    def _planned_writers(self) -> list[Peer]:
+        if self._entry is not None:
+            # Every page was announced and none is written twice: nothing is left to write, but what
+            # a donor read beyond a cut. Those pages were announced by another.
+            return [donor for donor in self.donors if self._reads_beyond_cut(donor)]
+        return [self.peer, *self._readers(self.donors)]
 
     def _needs_peer(self) -> bool:
         return self._entry is None

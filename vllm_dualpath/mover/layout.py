@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from vllm_dualpath.blocks import Geometry
 from vllm_dualpath.config import EngineConfig, divide_staging
 from vllm_dualpath.errors import ConfigError
@@ -18,14 +20,27 @@ def geometry_of(spec: MoverSpec) -> Geometry:
         raise ConfigError(f"mover spec: {exc}") from exc
 
 
-def make_pools(
-    config: EngineConfig, geometry: Geometry, max_model_len: int
-) -> tuple[SlotPool, SlotPool]:
-    """The pool of prompts and that of persists. Raises ``ConfigError`` as ``divide_staging``."""
+@dataclass(frozen=True, slots=True)
+class Pools:
+    """Disjoint parts of one staging memory."""
+
+    prompts: SlotPool
+    """Of transfers and loads; named by the engine's role."""
+    donor: SlotPool
+    persist: SlotPool
+
+
+def make_pools(config: EngineConfig, geometry: Geometry, max_model_len: int) -> Pools:
+    """Divide the staging memory. Raises ``ConfigError`` as ``divide_staging``."""
     division = divide_staging(config, geometry, max_model_len)
     name = "load" if config.role == "both" else config.role
-    prompts = SlotPool(name, 0, division.num_prompt_slots)
-    return prompts, SlotPool("persist", division.num_prompt_slots, division.num_persist_slots)
+    first_donor = division.num_prompt_slots
+    first_persist = first_donor + division.num_donor_slots
+    return Pools(
+        prompts=SlotPool(name, 0, division.num_prompt_slots),
+        donor=SlotPool("donor", first_donor, division.num_donor_slots),
+        persist=SlotPool("persist", first_persist, division.num_persist_slots),
+    )
 
 
 def io_options(config: EngineConfig) -> IoOptions:

@@ -94,6 +94,16 @@ class EventLoop:
                 self.guard(callback)
         self._run_timers()
 
+    def finish(self, is_done: Callable[[], bool], timeout_s: float) -> None:
+        """After ``run``, once: serve on until ``is_done``, at most ``timeout_s``."""
+        # ``stop`` has made it readable for good.
+        self._poller.unregister(self._wake_fd)
+        ends_s = self.now_s() + timeout_s
+        while not is_done() and (left_s := ends_s - self.now_s()) > 0:
+            timer = self.call_later(left_s, _nothing)
+            self.run_once()
+            timer.cancel()
+
     def guard(self, callback: Callback) -> None:
         """Call; log what it raises. For sources that hand out several events at a time: one that
         fails must not lose the others.
@@ -126,3 +136,7 @@ class EventLoop:
             timer = heapq.heappop(self._timers)[2]
             if timer.callback is not None:
                 self.guard(timer.callback)
+
+
+def _nothing() -> None:
+    """Only ends a wait."""

@@ -18,6 +18,7 @@ from vllm_dualpath.messages import (
     PROTOCOL_VERSION,
     Attached,
     Cut,
+    Donate,
     Dropped,
     End,
     EngineMessage,
@@ -64,6 +65,7 @@ from vllm_dualpath.transport import make_transport
 logger = logging.getLogger(__name__)
 
 _TABLE_ENTRIES = 1024
+_STOP_DONATING_S = 1.0
 
 
 class Mover:
@@ -78,8 +80,8 @@ class Mover:
         self._loop = EventLoop()
         self._scanning = False
         geometry = self._geometry = geometry_of(spec)
-        self._pool, persist_pool = make_pools(config, geometry, spec.max_model_len)
-        num_slots = self._pool.num_slots + persist_pool.num_slots
+        self._pools = pools = make_pools(config, geometry, spec.max_model_len)
+        num_slots = pools.prompts.num_slots + pools.donor.num_slots + pools.persist.num_slots
         self._staging = SharedMemory("staging", num_slots * geometry.slot_bytes)
         self._max_blocks = geometry.num_blocks(spec.max_model_len)
         self._table = SharedMemory("table", table_bytes(_TABLE_ENTRIES, self._max_blocks))
@@ -114,7 +116,7 @@ class Mover:
         )
         self._ports = self._make_ports()
         self._book.bind(self._ports)
-        self._persist = PersistSlotsLedger(self._ports, persist_pool)
+        self._persist = PersistSlotsLedger(self._ports, pools.persist)
         self._loads = LocalLoads(self._ports, self._answer_load)
         self._index_memory: SharedMemory | None = None
         self._index: LocalIndex | None = None
@@ -158,7 +160,8 @@ class Mover:
             geometry=self._geometry,
             loop=self._loop,
             staging=self._staging,
-            pool=self._pool,
+            pool=self._pools.prompts,
+            donor_pool=self._pools.donor,
             store=self._store,
             storage=self._storage,
             peers=self._peers,
@@ -216,7 +219,8 @@ class Mover:
             address=self._contact.address,
             region=self._contact.region,
             staging_address=self._contact.staging_address,
-            num_slots=self._pool.num_slots,
+            num_slots=self._pools.prompts.num_slots,
+            num_donor_slots=self._pools.donor.num_slots,
             kv_tokens=self._spec.kv_tokens,
         )
 
@@ -233,6 +237,8 @@ class Mover:
                 self._book.reserve(message)
             case Stage():
                 self._book.stage(message)
+            case Donate():
+                self._book.donate(message)
             case Cut():
                 self._book.cut(message.key, message.num_hit_blocks)
             case End():
@@ -355,3 +361,10 @@ class Mover:
                 stack.callback(self._router.close, "ending")
             stack.callback(self._storage.close)
             stack.callback(self._engine.close)
+            stack.callback(self._stop_donating)
+
+    def _stop_donating(self) -> None:
+        """Give both sides of each transfer their proof: between hosts our death is none."""
+        if not self._book.stop_donating():
+            return
+        self._loop.finish(lambda: not self._peers.num_open_puts, _STOP_DONATING_S)

@@ -30,6 +30,7 @@ class Ports:
     loop: EventLoop
     staging: SharedMemory
     pool: SlotPool
+    donor_pool: SlotPool
     store: BlockStore
     storage: StorageQueue
     peers: PeerDirectory
@@ -40,8 +41,10 @@ class Ports:
     """The store has these blocks now."""
     dropped: Callable[[tuple[bytes, ...], bool], None]
     """These blocks cannot be read; whether because they are gone."""
-    closed: Callable[[TransferKey], None]
-    """A transfer has ended and holds nothing any more."""
+    closed: Callable[[TransferKey, frozenset[bytes]], None]
+    """A transfer has ended and holds nothing any more; boot ids of those to whom something may
+    still be under way.
+    """
 
     def slot_view(self, slot: int) -> memoryview:
         """The memory of one slot."""

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from vllm_dualpath.errors import ProtocolError
-from vllm_dualpath.messages import PagesGood, Ready, Saved
+from vllm_dualpath.messages import PagesGood, Peer, Ready, Saved
 from vllm_dualpath.mover.peers import PutOutcome
 from vllm_dualpath.mover.transfer import Transfer
 from vllm_dualpath.transport.base import PutArray
@@ -18,6 +18,10 @@ logger = logging.getLogger(__name__)
 
 class PrefillTransfer(Transfer):
     """Ready when the hit blocks are good; then pushes what the engine saves."""
+
+    @property
+    def _peer_role(self) -> str:
+        return "decode"
 
     def _staged(self) -> None:
         self._good_blocks: set[int] = set()
@@ -69,7 +73,7 @@ class PrefillTransfer(Transfer):
         if outcome is PutOutcome.DONE:
             self._ports.counters.push_to_decode_bytes += num_bytes
         else:
-            self._push_failed(outcome)
+            self._push_failed(self.peer, outcome)
         self._progress()
 
     def _needs_peer(self) -> bool:
@@ -77,6 +81,9 @@ class PrefillTransfer(Transfer):
 
     def _mark_block(self, block: int) -> None:
         self._good_blocks.add(block)
+
+    def _has_block(self, block: int) -> bool:
+        return block in self._good_blocks
 
     def _mark_pages(self, notice: PagesGood) -> None:
         # Pages travel from prefill to decode only.
@@ -96,6 +103,5 @@ class PrefillTransfer(Transfer):
             self._ports.counters.stage_seconds.append(now - self._staged_s)
             self._ports.tell_router(Ready(self.key, self._limit))
 
-    def _peer_writes(self) -> bool:
-        assert self._stage is not None
-        return any(segment.reader == self.peer.engine_id for segment in self._stage.segments)
+    def _planned_writers(self) -> list[Peer]:
+        return self._readers(self.peers)

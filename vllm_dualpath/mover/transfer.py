@@ -7,63 +7,56 @@ Slots are freed only when nobody can touch them any more. ``docs/protocol.md`` h
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 
 from vllm_dualpath.errors import ProtocolError, StagingFull
 from vllm_dualpath.messages import (
     BlocksGood,
-    CutDone,
     Ended,
     PagesGood,
     Peer,
     Reserve,
     Stage,
     StopQuery,
-    TransferFailed,
     WriterStopped,
 )
+from vllm_dualpath.mover.part import Part
 from vllm_dualpath.mover.peers import PutOutcome
 from vllm_dualpath.mover.ports import Ports
-from vllm_dualpath.mover.reader import SegmentReader
-from vllm_dualpath.mover.storage_queue import IoTask
+from vllm_dualpath.mover.reader import SegmentReader, Target
+from vllm_dualpath.mover.slot_sources import OwnSlots
 
 logger = logging.getLogger(__name__)
 
 
-class Transfer(ABC):
-    """Owned by the loop's thread. Every public method is one event."""
+class Transfer(Part):
+    """A side: it holds slots for the whole prompt, and others write to them."""
 
     def __init__(self, ports: Ports, reserve: Reserve, slots: tuple[int, ...]) -> None:
-        self.key = reserve.key
+        super().__init__(ports, reserve.key)
         self.peer: Peer = reserve.peer
-        self.opened_s = ports.loop.now_s()
-        self.stuck_warned = False
-        self._ports = ports
+        self.donors = reserve.donors
         self._num_tokens = reserve.num_tokens
         self._slots = slots
         self._stage: Stage | None = None
-        self._reader: SegmentReader | None = None
-        self._limit = 0
-        """Hit blocks still hoped for: the plan's, lowered by cuts."""
         self._early_notices: list[BlocksGood | PagesGood] = []
         self._entry: int | None = None
         self._num_releases = 0
         self._open_puts = 0
         self._open_stores = 0
-        self._failed = False
-        self._ending = False
         self._drain = False
         self._told_peer = False
         self._writes_ambiguous = False
         """A put failed under way: nothing we say now proves that its bytes do not arrive later."""
-        self._peer_stopped = False
+        self._stopped: set[bytes] = set()
+        """Boot ids of those who are proven to write nothing more."""
+        self._asked: set[bytes] = set()
+        """Donors asked for that proof."""
         self._uncertain = False
-        """No ``Stage`` came before the end, but the peer may have been told: the router is lost, or
-        says that it sent one.
+        """No ``Stage`` came before the end, but the others may have been told: the router is lost,
+        or says that it sent one.
         """
-        self._cut_owed = False
-        self.closed = False
 
     # --- events from the router ------------------------------------------------------------------
 
@@ -85,8 +78,8 @@ class Transfer(ABC):
                 self.key,
                 own,
                 stage.block_hashes,
-                self._slots,
-                stage.peer,
+                OwnSlots(self._slots),
+                (Target(stage.peer, self._peer_role),),
                 on_good=self._block_good,
                 on_quiet=self._progress,
                 on_push_failed=self._push_failed,
@@ -95,7 +88,6 @@ class Transfer(ABC):
         self._progress()
 
     def on_cut(self, num_hit_blocks: int) -> None:
-        """The hit ends earlier. Answered with ``CutDone`` when nothing beyond is under way."""
         if self._stage is None or self._ending or self._entry is not None:
             return
         self._limit = min(self._limit, num_hit_blocks)
@@ -106,7 +98,6 @@ class Transfer(ABC):
         self._progress()
 
     def on_end(self, drain: bool, *, staged: bool) -> None:
-        """The router is done with this transfer. ``staged``: a ``Stage`` was sent to somebody."""
         if self._ending and (drain or not self._drain):
             return
         self._uncertain |= staged and self._stage is None
@@ -115,10 +106,6 @@ class Transfer(ABC):
         if self._reader is not None:
             self._reader.cut(0)
         self._advance()
-
-    def on_router_lost(self) -> None:
-        """Nobody will say ``End`` any more."""
-        self.on_end(drain=False, staged=True)
 
     # --- events from the engine ------------------------------------------------------------------
 
@@ -143,30 +130,36 @@ class Transfer(ABC):
             self._mark_pages(notice)
             self._progress()
 
-    def on_writer_stopped(self) -> None:
-        """Proof that the peer writes nothing more."""
-        self._peer_stopped = True
+    def on_writer_stopped(self, boot_id: bytes) -> None:
+        """Proof that the peer or a donor writes nothing more."""
+        self._stopped.add(boot_id)
         self._advance()
 
     def on_stop_query(self, contact: Peer) -> None:
-        """The peer asks for that proof; its asking is its own."""
+        # The peer's asking is its own proof.
         self.peer = self.peer if self._stage is not None else contact
-        self._peer_stopped = True
+        self._stopped.add(self.peer.boot_id)
         self._told_peer = False
         self._advance()
 
-    def on_peer_dead(self) -> None:
-        """The peer's process is gone: it writes nothing more."""
-        self._peer_stopped = True
-        self.peer_lost()
+    def on_peer_dead(self, boot_id: bytes) -> None:
+        self._stopped.add(boot_id)
+        self.peer_lost(boot_id)
         self._advance()
 
-    def peer_lost(self) -> None:
-        """The peer left the cluster or takes no data, which does not prove that it has stopped."""
-        if self._needs_peer():
+    def peer_lost(self, boot_id: bytes) -> None:
+        if boot_id == self.peer.boot_id:
+            needed = self._needs_peer()
+        else:
+            needed = any(self._needs(each) for each in self.donors if each.boot_id == boot_id)
+        if needed:
             self.fail("peer_lost")
 
     # --- state -----------------------------------------------------------------------------------
+
+    @property
+    def peers(self) -> tuple[Peer, ...]:
+        return (self.peer, *self.donors)
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -174,36 +167,29 @@ class Transfer(ABC):
         return self._slots
 
     @property
+    def num_quarantined(self) -> int:
+        return len(self._slots) if self.awaits_proof else 0
+
+    @property
     def awaits_proof(self) -> bool:
-        """Over but for the proof that the peer has stopped: its slots are in quarantine."""
-        return self._ending and not self.closed and self._peer_may_write() and self._own_done()
-
-    def on_stalled(self, stalled: Sequence[IoTask]) -> None:
-        """These reads make no progress, perhaps some of this transfer's."""
-        if self._reader is None or self._failed or self._ending:
-            return
-        if any(self._reader.owns(task) for task in stalled):
-            self._reader.drop_stalled(stalled)
-            self.fail("stalled")
-
-    def fail(self, reason: str) -> None:
-        """Tell the router, once, that this attempt cannot go on here."""
-        if self._failed or self._ending:
-            return
-        self._failed = True
-        self._ports.counters.load_failures[reason] += 1
-        self._ports.tell_router(TransferFailed(self.key, reason))
+        """Over but for the proof that others have stopped: its slots are in quarantine."""
+        return self._ending and not self.closed and bool(self._open_writers()) and self._own_done()
 
     def describe(self) -> str:
-        """For the log of a stuck transfer."""
         return (
             f"transfer {self.key} ({self._ports.pool.name}): staged={self._stage is not None}"
             f" published={self._entry is not None} ending={self._ending}"
             f" releases={self._num_releases} open puts={self._open_puts}"
-            f" stores={self._open_stores} peer stopped={self._peer_stopped}"
+            f" stores={self._open_stores}"
+            f" may be written by={[peer.engine_id for peer in self._open_writers()]}"
         )
 
     # --- for the two sides -----------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def _peer_role(self) -> str:
+        """``prefill`` or ``decode``."""
 
     @abstractmethod
     def _staged(self) -> None:
@@ -212,6 +198,10 @@ class Transfer(ABC):
     @abstractmethod
     def _mark_block(self, block: int) -> None:
         """A hit block is good in our slots."""
+
+    @abstractmethod
+    def _has_block(self, block: int) -> bool:
+        """Whether a hit block is good in our slots."""
 
     @abstractmethod
     def _mark_pages(self, notice: PagesGood) -> None:
@@ -230,8 +220,8 @@ class Transfer(ABC):
         """Whether the transfer cannot do its work without the peer from here on."""
 
     @abstractmethod
-    def _peer_writes(self) -> bool:
-        """Whether the plan lets the peer write to our slots, and it may not have finished."""
+    def _planned_writers(self) -> list[Peer]:
+        """Those whom the plan lets write to our slots, and who may not have finished."""
 
     def _complete(self) -> bool:
         """Whether the slots can be freed before the router says ``End``."""
@@ -255,15 +245,13 @@ class Transfer(ABC):
 
     def _progress(self) -> None:
         """Something was read, pushed, received or cut."""
-        if self._cut_owed and (self._reader is None or self._reader.is_quiet_from(self._limit)):
-            self._cut_owed = False
-            self._ports.tell_router(CutDone(self.key, self._limit))
+        self._confirm_cut()
         over = self._ending or self._failed
         if not over and self._entry is None and self._stage is not None:
             self._check_good()
         self._advance()
 
-    def _push_failed(self, outcome: PutOutcome) -> None:
+    def _push_failed(self, _peer: Peer, outcome: PutOutcome) -> None:
         self._writes_ambiguous |= outcome is PutOutcome.AMBIGUOUS
         self.fail("peer_lost")
 
@@ -281,7 +269,9 @@ class Transfer(ABC):
         retired = self._entry is None or self._ports.table.retire(self._entry, self._num_releases)
         if self._own_writes_done() and (retired or not self._drain):
             self._tell_peer()
-        if not retired or not self._own_done() or self._peer_may_write():
+        if self._ending:
+            self._ask_donors()
+        if not retired or not self._own_done() or self._open_writers():
             return
         self._close()
 
@@ -291,10 +281,46 @@ class Transfer(ABC):
     def _own_done(self) -> bool:
         return self._own_writes_done() and self._open_stores == 0
 
-    def _peer_may_write(self) -> bool:
-        if self._peer_stopped:
-            return False
-        return self._uncertain if self._stage is None else self._peer_writes()
+    def _open_writers(self) -> list[Peer]:
+        """Those who may write to our slots, as far as we know."""
+        if self._stage is not None:
+            may_write = self._planned_writers()
+        else:
+            may_write = list(self.peers) if self._uncertain else []
+        return [peer for peer in may_write if peer.boot_id not in self._stopped]
+
+    def _readers(self, candidates: Sequence[Peer]) -> list[Peer]:
+        """Those of them that read for this transfer."""
+        assert self._stage is not None
+        names = {segment.reader for segment in self._stage.segments}
+        return [peer for peer in candidates if peer.engine_id in names]
+
+    def _published_of(self, donor: Peer) -> bool:
+        """Whether a block of this donor is among the hits that no cut has taken away."""
+        assert self._stage is not None
+        return any(
+            segment.reader == donor.engine_id and segment.first_block < self._limit
+            for segment in self._stage.segments
+        )
+
+    def _reads_beyond_cut(self, donor: Peer) -> bool:
+        """Whether a block of this donor was cut off the hit."""
+        assert self._stage is not None
+        return any(
+            segment.reader == donor.engine_id and segment.last_block > self._limit
+            for segment in self._stage.segments
+        )
+
+    def _needs(self, donor: Peer) -> bool:
+        """Whether a donor's part is not all here. Before ``Stage`` nobody's is."""
+        if self._stage is None:
+            return True
+        return any(
+            not self._has_block(block)
+            for segment in self._stage.segments
+            if segment.reader == donor.engine_id
+            for block in range(segment.first_block, min(segment.last_block, self._limit))
+        )
 
     def _tell_peer(self) -> None:
         """Say that we write nothing more.
@@ -304,13 +330,29 @@ class Transfer(ABC):
         if self._told_peer or self._writes_ambiguous:
             return
         self._told_peer = True
-        if self._uncertain and not self._peer_stopped:
+        if self._uncertain and self.peer.boot_id not in self._stopped:
             notice: WriterStopped | StopQuery = StopQuery(
                 self.key, self.peer.boot_id, self._ports.contact
             )
         else:
-            notice = WriterStopped(self.key, self.peer.boot_id)
+            notice = WriterStopped(self.key, self.peer.boot_id, self._ports.boot_id)
         self._ports.peers.notify(self.peer, notice)
+
+    def _ask_donors(self) -> None:
+        """Let those stop, and say so, who may still write.
+
+        A donor that was never told to start has nobody else to learn it from. One whose blocks we
+        published does not need to be asked, and while we drain it must not: it may be busy with our
+        peer's.
+        """
+        draining = self._drain and self._entry is not None
+        for writer in self._open_writers():
+            if writer.boot_id == self.peer.boot_id or (draining and self._published_of(writer)):
+                continue
+            if writer.boot_id not in self._asked:
+                self._asked.add(writer.boot_id)
+                query = StopQuery(self.key, writer.boot_id, self._ports.contact)
+                self._ports.peers.notify(writer, query)
 
     def _close(self) -> None:
         self.closed = True
@@ -318,4 +360,5 @@ class Transfer(ABC):
             self._ports.table.free(self._entry)
         self._ports.pool.release(self._slots)
         self._ports.tell_router(Ended(self.key))
-        self._ports.closed(self.key)
+        unproven = {self.peer.boot_id} if self._writes_ambiguous else set()
+        self._ports.closed(self.key, frozenset(unproven))

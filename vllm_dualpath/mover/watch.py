@@ -44,12 +44,11 @@ class ProgressWatch:
     def stats(self, stage_seconds: tuple[float, ...] = ()) -> MoverStats:
         """Counters and gauges as they are now."""
         counters, pool = self._ports.counters, self._ports.pool
-        quarantined = sum(
-            len(transfer.slots) for transfer in self._book.transfers if transfer.awaits_proof
-        )
+        quarantined = sum(part.num_quarantined for part in self._book.parts)
         return MoverStats(
             storage_read_bytes=counters.storage_read_bytes,
             storage_read_busy_s=self._ports.storage.read_busy_s,
+            donated_bytes=counters.donated_bytes,
             storage_write_bytes=counters.storage_write_bytes,
             push_to_prefill_bytes=counters.push_to_prefill_bytes,
             push_to_decode_bytes=counters.push_to_decode_bytes,
@@ -62,6 +61,8 @@ class ProgressWatch:
             slots_used=pool.num_granted - quarantined,
             slots_free=pool.num_free,
             slots_quarantined=quarantined,
+            donor_slots_used=self._ports.donor_pool.num_granted,
+            donor_slots_stuck=self._book.donor_slots_stuck,
             read_queue_tokens=self._ports.storage.read_queue_tokens,
             open_transfers=self._book.num_open + self._loads.num_open,
         )

@@ -154,6 +154,7 @@ def _policy_of(config: RouterConfig, profile: Profile | None) -> Policy:
         beta_tokens=None if rate is None else round(config.beta_s * rate),
         split_fraction=config.split_fraction,
         min_segment_blocks=config.min_segment_blocks,
+        max_readers=config.max_readers,
         recompute=config.recompute,
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vllm_dualpath.plan import ReadPlan
 from vllm_dualpath.router.engine import Engine
 
@@ -33,17 +35,24 @@ class Booking:
     """From the decision on: the next one must see it. ``release`` takes off what is left."""
 
     def __init__(
-        self, prefill: Engine, decode: Engine, plan: ReadPlan, num_tokens: int, block_tokens: int
+        self,
+        prefill: Engine,
+        decode: Engine,
+        donors: Sequence[Engine],
+        plan: ReadPlan,
+        num_tokens: int,
+        block_tokens: int,
     ) -> None:
         hit_tokens = plan.num_hit_blocks * block_tokens
         self.prefill = Assignment(prefill, num_tokens, num_tokens - hit_tokens)
         self.decode = Assignment(decode, num_tokens)
+        self._engines = {each.engine_id: each for each in (prefill, decode, *donors)}
         self._reads: dict[str, int] = {}
         for segment in plan.segments:
             tokens = segment.num_blocks * block_tokens
             self._reads[segment.reader] = self._reads.get(segment.reader, 0) + tokens
         for reader, tokens in self._reads.items():
-            self._engine(reader).add_reads(tokens)
+            self._engines[reader].add_reads(tokens)
 
     @property
     def readers(self) -> tuple[str, ...]:
@@ -54,14 +63,10 @@ class Booking:
         """``reader`` reads no more."""
         tokens = self._reads.pop(reader, 0)
         if tokens:
-            self._engine(reader).add_reads(-tokens)
+            self._engines[reader].add_reads(-tokens)
 
     def release(self) -> None:
         for reader in self.readers:
             self.reads_done(reader)
         self.prefill.release()
         self.decode.release()
-
-    def _engine(self, engine_id: str) -> Engine:
-        prefill = self.prefill.engine
-        return prefill if engine_id == prefill.engine_id else self.decode.engine

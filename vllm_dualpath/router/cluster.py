@@ -179,7 +179,7 @@ class Cluster:
         self._pinned.update(transfer.prompt.block_hashes)
 
     def close(self, transfer: Transfer, *, drain: bool, reason: str) -> None:
-        """The plan is over for the router: end it at both movers; its blocks may be evicted."""
+        """The plan is over for the router: end it at every mover; its blocks may be evicted."""
         transfer.end(drain=drain, reason=reason)
         if transfer.finished:
             self.transfers.pop(transfer.key, None)
@@ -194,7 +194,7 @@ class Cluster:
     def deliver(self, sender: Engine, key: TransferKey, message: Message) -> None:
         """Give a mover's message to the transfer it is about, if it takes part in it."""
         transfer = self.transfers.get(key)
-        if transfer is None or sender not in (transfer.prefill, transfer.decode):
+        if transfer is None or sender not in transfer.movers:
             logger.debug("%s about unknown transfer %s", type(message).__name__, key)
             return
         transfer.on_message(sender, message)

@@ -55,6 +55,7 @@ class Engine:
     _view: ClusterView | None = None
     _index: int = 0
     _heartbeat_s: float | None = None
+    _shunned_until_s: float = 0.0
 
     @property
     def engine_id(self) -> str:
@@ -78,6 +79,21 @@ class Engine:
         staging_tokens = self.hello.num_slots * self.hello.geometry.block_tokens
         return min(self.hello.max_model_len, staging_tokens)
 
+    @property
+    def donates(self) -> bool:
+        """Whether it can read for requests of other engines, as of its last heartbeat."""
+        fit = self.hello.num_donor_slots > 0 and not self.stats.donor_slots_stuck
+        return fit and self.last_seen_s >= self._shunned_until_s
+
+    def shun(self, until_s: float) -> None:
+        """Let it read for no other engine's request until then."""
+        self._shunned_until_s = until_s
+        self._show_donates()
+
+    def _show_donates(self) -> None:
+        if self._view is not None:
+            self._view.engine(self._index).donates = self.donates
+
     # --- the policy's view ---
 
     def state(self, node: int) -> tuple[NodeState, EngineState]:
@@ -87,6 +103,7 @@ class Engine:
         storage.read_rate = self.read_rate.rate
         engine = EngineState()
         engine.role = Role.PREFILL if self.role == "prefill" else Role.DECODE
+        engine.donates = self.donates
         engine.node = node
         engine.num_requests = self.num_requests
         engine.num_tokens = self.num_tokens
@@ -135,6 +152,7 @@ class Engine:
         self.stats = stats
         self.num_loads += 1
         self.last_seen_s = now_s
+        self._show_donates()
 
     def _measure(self, stats: MoverStats, now_s: float) -> None:
         before_s, self._heartbeat_s = self._heartbeat_s, now_s

@@ -1,6 +1,6 @@
 """The life of one generation request in the router: plan, attempts, both legs, fallbacks.
 
-Every way out ends the transfer at both movers, and answers the client unless the client has left.
+Every way out ends the transfer at every mover, and answers the client unless the client has left.
 """
 
 from __future__ import annotations
@@ -133,14 +133,16 @@ class Flow:
             placement.plan,
             placement.prefill,
             placement.decode,
+            placement.donors,
             placement.booking,
             self._core.movers.send,
             self._core.config.deadlines,
         )
         self._core.cluster.open(transfer)
         block_tokens = placement.decode.hello.geometry.block_tokens
+        sides = {placement.prefill.engine_id: "prefill", placement.decode.engine_id: "decode"}
         for segment in placement.plan.segments:
-            role = "prefill" if segment.reader == placement.prefill.engine_id else "decode"
+            role = sides.get(segment.reader, "donor")
             planned = self._core.telemetry.planned_tokens.labels(role)
             planned.inc(segment.num_blocks * block_tokens)
         return transfer

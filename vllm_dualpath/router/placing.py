@@ -15,9 +15,10 @@ from vllm_dualpath.router.affinity import PrefixMemory
 from vllm_dualpath.router.booking import Booking
 from vllm_dualpath.router.cluster import Cluster
 from vllm_dualpath.router.engine import Engine
+from vllm_dualpath.router.orders import Prompt
 from vllm_dualpath.router.roster import GroupView, PairGroup
 from vllm_dualpath.router.telemetry import Telemetry
-from vllm_dualpath.router.transfer import Prompt, Transfer
+from vllm_dualpath.router.transfer import Transfer
 from vllm_dualpath.router.waiting import Line, NotNow
 
 logger = logging.getLogger(__name__)
@@ -27,12 +28,13 @@ MAX_ATTEMPTS = 3
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Two engines and a plan for one prompt, booked on them."""
+    """Two engines, further readers and a plan for one prompt, booked on them."""
 
     prompt: Prompt
     plan: ReadPlan
     prefill: Engine
     decode: Engine
+    donors: tuple[Engine, ...]
     booking: Booking
 
 
@@ -170,7 +172,9 @@ class Placer:
             return NotNow.NOT_NOW
         prefill, decode = view.engines[decision.prefill], view.engines[decision.decode]
         self._memory.remember(prompt.block_hashes, (prefill, decode))
-        return _booked(prompt, _plan_of(view, decision, num_hits), prefill, decode)
+        readers = (view.engines[reader] for reader, _, _ in decision.segments)
+        donors = tuple(reader for reader in readers if reader not in (prefill, decode))
+        return _booked(prompt, _plan_of(view, decision, num_hits), prefill, decode, donors)
 
     def _num_hits(self, view: GroupView, prompt: Prompt, block_tokens: int) -> int:
         """Asked anew at each attempt: while a request waited, blocks came and went."""
@@ -202,10 +206,16 @@ def _plan_of(view: GroupView, decision: Decision, num_hits: int) -> ReadPlan:
     return ReadPlan(num_hits - decision.num_recompute_blocks, segments)
 
 
-def _booked(prompt: Prompt, plan: ReadPlan, prefill: Engine, decode: Engine) -> Placement:
+def _booked(
+    prompt: Prompt,
+    plan: ReadPlan,
+    prefill: Engine,
+    decode: Engine,
+    donors: tuple[Engine, ...] = (),
+) -> Placement:
     block_tokens = prefill.hello.geometry.block_tokens
-    booking = Booking(prefill, decode, plan, prompt.num_tokens, block_tokens)
-    return Placement(prompt, plan, prefill, decode, booking)
+    booking = Booking(prefill, decode, donors, plan, prompt.num_tokens, block_tokens)
+    return Placement(prompt, plan, prefill, decode, donors, booking)
 
 
 def _other_reader(failed: Transfer) -> str:

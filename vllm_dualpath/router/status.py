@@ -46,6 +46,8 @@ def _engine(engine: Engine) -> dict[str, Any]:
             "used": engine.stats.slots_used,
             "free": engine.stats.slots_free,
             "quarantined": engine.stats.slots_quarantined,
+            "donor": hello.num_donor_slots,
+            "donor_used": engine.stats.donor_slots_used,
         },
         "load": {
             "num_requests": engine.num_requests,
@@ -62,6 +64,7 @@ def _transfer(transfer: Transfer) -> dict[str, Any]:
         "state": transfer.describe(),
         "prefill": transfer.prefill.engine_id,
         "decode": transfer.decode.engine_id,
+        "donors": [donor.engine_id for donor in transfer.donors],
         "num_tokens": transfer.prompt.num_tokens,
         "num_hit_blocks": transfer.num_hit_blocks,
     }

@@ -25,7 +25,7 @@ class Telemetry:
         self.wait_seconds = self._histogram(metrics.ROUTER_WAIT_SECONDS)
         for outcome in metrics.REQUEST_OUTCOMES:
             self.requests.labels(outcome)
-        for role in ("prefill", "decode"):
+        for role in metrics.READER_ROLES:
             self.planned_tokens.labels(role)
         self._num_rejected = 0
 

@@ -25,18 +25,22 @@ from vllm_dualpath.messages import (
     Reserve,
     Reserved,
     SegmentDone,
-    SegmentSpec,
-    Stage,
     TransferFailed,
     TransferKey,
 )
 from vllm_dualpath.plan import ReadPlan
 from vllm_dualpath.router.booking import Booking
 from vllm_dualpath.router.engine import Engine
+from vllm_dualpath.router.orders import Orders, Prompt, peer_of
 
 logger = logging.getLogger(__name__)
 
 PEER_LOST = "peer_lost"
+_STALLED = "stalled while"
+_SHUN_S = 60.0
+"""A donor that may have failed a request is asked for nothing so long: its heartbeats can be good
+while its reads or pushes are not, and each request would lose an attempt by it.
+"""
 
 Send = Callable[[Engine, Message], None]
 
@@ -57,17 +61,6 @@ class State(Enum):
     READY = "ready, prefill leg"
     COMMITTED = "committed, decode leg"
     FAILED = "failed"
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """What a transfer moves: the prompt, its blocks' hashes and how often it is taken."""
-
-    num_tokens: int
-    root: bytes
-    block_hashes: tuple[bytes, ...]
-    digest: bytes
-    num_releases: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +93,7 @@ class Transfer:
         plan: ReadPlan,
         prefill: Engine,
         decode: Engine,
+        donors: tuple[Engine, ...],
         booking: Booking,
         send: Send,
         deadlines: Deadlines,
@@ -110,6 +104,7 @@ class Transfer:
         self.plan = plan
         self.prefill = prefill
         self.decode = decode
+        self.donors = donors
         self.booking = booking
         self.state = State.RESERVING_DECODE
         self.failure: Failure | None = None
@@ -126,22 +121,30 @@ class Transfer:
         self._decode_slots: tuple[int, ...] = ()
         self._staged = False
         self._changed = asyncio.Event()
-        self._open_sides = {prefill.boot_id: prefill, decode.boot_id: decode}
-        self._unended = dict(self._open_sides)
+        self._cut_by: set[bytes] = set()
+        """Boot ids of those who have to confirm a cut before the prefill side hears of it."""
+        self._open_parts = {each.boot_id: each for each in self.movers}
+        """Those who were not told to end."""
+        self._unended = dict(self._open_parts)
 
     # --- the router's side ---
 
     def start(self) -> None:
         """Ask the decode mover for slots."""
-        peer = _peer(self.prefill, ())
-        self._send(self.decode, Reserve(self.key, "decode", self.prompt.num_tokens, peer))
+        for mover in self.movers:
+            # Its request may have waited since it was placed.
+            if mover.lost.is_set():
+                self.engine_lost(mover)
+        if self.failure is not None:
+            return
+        self._reserve(self.decode, "decode", peer_of(self.prefill))
 
     async def wait_ready(self) -> bool:
         """Wait until the prefill side has published its hits; False when the attempt failed."""
         while self.state in _BEFORE_READY:
             idle_s = self._idle_left_s()
             if idle_s <= 0:
-                self.fail(f"stalled while {self.state.value}", self._suspect())
+                self.fail(f"{_STALLED} {self.state.value}", self._suspect())
                 break
             await self._wait_for_change(idle_s)
         return self.failure is None
@@ -173,6 +176,8 @@ class Transfer:
         if self.failure is not None:
             return
         self.failure = Failure(reason, engine_id, self.state)
+        for donor in self._blamed(reason, engine_id):
+            donor.shun(self._clock() + _SHUN_S)
         logger.info("transfer %s: failed while %s: %s", self.key, self.state.value, reason)
         self._enter(State.FAILED)
 
@@ -180,23 +185,30 @@ class Transfer:
         self._end(self.prefill, drain, reason)
 
     def end(self, *, drain: bool, reason: str) -> None:
-        """End whatever is not ended yet at both movers. Idempotent."""
+        """End whatever is not ended yet at every mover. Idempotent."""
         if self.failure is None and self.state is not State.COMMITTED:
             self.fail(reason)
         self._end(self.prefill, drain, reason)
         self._end(self.decode, drain, reason)
+        for donor in self.donors:
+            self._end(donor, drain, reason)
         for reader in self.booking.readers:
             self.booking.reads_done(reader)
 
     @property
+    def movers(self) -> tuple[Engine, ...]:
+        """All that take part."""
+        return (self.prefill, self.decode, *self.donors)
+
+    @property
     def finished(self) -> bool:
-        """Both movers have reported, or lost, all slots."""
-        return not self._open_sides and not self._unended
+        """Every mover has reported, or lost, all slots."""
+        return not self._open_parts and not self._unended
 
     @property
     def ending(self) -> bool:
         """Nothing is asked of the movers any more but to report their ends."""
-        return not self._open_sides
+        return not self._open_parts
 
     def describe(self) -> str:
         """State, for a log line."""
@@ -206,14 +218,13 @@ class Transfer:
     # --- the movers' side ---
 
     def on_message(self, sender: Engine, message: Message) -> None:
-        """Take in a message about this key from one of the two movers."""
+        """Take in a message about this key from one of its movers."""
         self._last_message_s = self._clock()
         if isinstance(message, Ended):
-            self._unended.pop(sender.boot_id, None)
-            if sender.boot_id in self._open_sides and self.state is not State.COMMITTED:
-                self.fail("ended by its mover", sender.engine_id)
+            self._on_ended(sender)
         elif isinstance(message, TransferFailed):
-            self.fail(message.reason, sender.engine_id)
+            if sender not in self.donors or self._needs(sender):
+                self.fail(message.reason, sender.engine_id)
         elif self.failure is None:
             self._advance(sender, message)
         self._changed.set()
@@ -223,22 +234,20 @@ class Transfer:
         if engine.boot_id not in self._unended:
             return
         self._unended.pop(engine.boot_id)
-        self._open_sides.pop(engine.boot_id, None)
-        # A prefill mover is not needed any more once every page has been committed.
-        if not (engine is self.prefill and self.state is State.COMMITTED):
+        self._open_parts.pop(engine.boot_id, None)
+        if self._needs(engine):
             self.fail(PEER_LOST, engine.engine_id)
         self._changed.set()
 
     def _advance(self, sender: Engine, message: Message) -> None:
-        from_decode = sender is self.decode
-        if isinstance(message, Reserved):
+        from_decode, from_prefill = sender is self.decode, sender is self.prefill
+        if isinstance(message, Reserved) and (from_decode or from_prefill):
             self._on_reserved(from_decode, message)
         elif isinstance(message, SegmentDone):
             self._on_segment_done(sender, message)
-        elif isinstance(message, CutDone) and from_decode:
-            if message.num_hit_blocks == self.num_hit_blocks:
-                self._send(self.prefill, Cut(self.key, self.num_hit_blocks))
-        elif isinstance(message, Ready) and not from_decode and self.state is State.STAGING:
+        elif isinstance(message, CutDone) and message.num_hit_blocks == self.num_hit_blocks:
+            self._cut_confirmed(sender)
+        elif isinstance(message, Ready) and from_prefill and self.state is State.STAGING:
             self.num_hit_blocks = min(self.num_hit_blocks, message.num_hit_blocks)
             self._enter(State.READY)
         elif isinstance(message, Committed) and from_decode and self.state is State.READY:
@@ -251,14 +260,17 @@ class Transfer:
         if from_decode and self.state is State.RESERVING_DECODE:
             self._decode_slots = message.slots
             self._enter(State.RESERVING_PREFILL)
-            peer = _peer(self.decode, message.slots)
-            self._send(self.prefill, Reserve(self.key, "prefill", self.prompt.num_tokens, peer))
+            self._reserve(self.prefill, "prefill", peer_of(self.decode, message.slots))
         elif not from_decode and self.state is State.RESERVING_PREFILL:
             self._enter(State.STAGING)
             self._staged = True
-            decode, prefill = self._decode_slots, message.slots
-            self._send(self.prefill, self._stage("prefill", peer=_peer(self.decode, decode)))
-            self._send(self.decode, self._stage("decode", peer=_peer(self.prefill, prefill)))
+            decode = peer_of(self.decode, self._decode_slots)
+            prefill = peer_of(self.prefill, message.slots)
+            orders = Orders(self.key, self.prompt, self.plan)
+            self._send(self.prefill, orders.stage("prefill", decode))
+            self._send(self.decode, orders.stage("decode", prefill))
+            for donor in self.donors:
+                self._send(donor, orders.donate(donor, prefill, decode))
 
     def _on_segment_done(self, sender: Engine, message: SegmentDone) -> None:
         self.booking.reads_done(sender.engine_id)
@@ -268,32 +280,62 @@ class Transfer:
             self.fail(f"late bad block: {message.error}", sender.engine_id)
             return
         self.num_hit_blocks = message.good_until
-        self._send(self.decode, Cut(self.key, self.num_hit_blocks))
+        # From here on only the prefill side writes beyond: it must not begin before all have ended.
+        writers = [self.decode, *(each for each in self.donors if each.boot_id in self._unended)]
+        self._cut_by = {writer.boot_id for writer in writers}
+        for writer in writers:
+            self._send(writer, Cut(self.key, self.num_hit_blocks))
+
+    def _cut_confirmed(self, sender: Engine) -> None:
+        if sender.boot_id not in self._cut_by:
+            return
+        self._cut_by.discard(sender.boot_id)
+        if not self._cut_by and self.failure is None:
+            self._send(self.prefill, Cut(self.key, self.num_hit_blocks))
+
+    def _on_ended(self, sender: Engine) -> None:
+        self._unended.pop(sender.boot_id, None)
+        if sender.boot_id not in self._open_parts:
+            return
+        if sender in self.donors:
+            # It is over as soon as its part is done: there is nothing to tell it.
+            del self._open_parts[sender.boot_id]
+            self._cut_confirmed(sender)
+        # After the commit the decode side ends early, when its engine has taken everything.
+        if self.state is not State.COMMITTED and self._needs(sender):
+            self.fail("ended by its mover", sender.engine_id)
+
+    def _needs(self, engine: Engine) -> bool:
+        """Whether the attempt cannot go on without this mover."""
+        if engine is self.decode:
+            return True
+        # Once every page has been committed nobody else is needed.
+        if self.state is State.COMMITTED:
+            return False
+        at_work = engine.engine_id in self.booking.readers or engine.boot_id in self._cut_by
+        return engine is self.prefill or at_work
+
+    def _blamed(self, reason: str, engine_id: str) -> list[Engine]:
+        """Donors that may be why it failed."""
+        if any(donor.engine_id == engine_id for donor in self.donors):
+            return [donor for donor in self.donors if donor.engine_id == engine_id]
+        sides_lost = self.prefill.lost.is_set() or self.decode.lost.is_set()
+        if sides_lost or not (reason == PEER_LOST or reason.startswith(_STALLED)):
+            return []
+        # A side that misses somebody does not say whom: those who have not read their part.
+        return [donor for donor in self.donors if donor.engine_id in self.booking.readers]
 
     # --- inner parts ---
 
-    def _stage(self, pool: str, peer: Peer) -> Stage:
-        return Stage(
-            key=self.key,
-            pool=pool,
-            num_tokens=self.prompt.num_tokens,
-            num_hit_blocks=self.plan.num_hit_blocks,
-            root=self.prompt.root,
-            block_hashes=self.prompt.block_hashes,
-            digest=self.prompt.digest,
-            segments=tuple(
-                SegmentSpec(part.reader, part.first_block, part.last_block)
-                for part in self.plan.segments
-            ),
-            peer=peer,
-            num_releases=self.prompt.num_releases if pool == "decode" else 1,
-        )
+    def _reserve(self, engine: Engine, pool: str, peer: Peer) -> None:
+        donors = tuple(peer_of(donor) for donor in self.donors)
+        self._send(engine, Reserve(self.key, pool, self.prompt.num_tokens, peer, donors))
 
     def _end(self, engine: Engine, drain: bool, reason: str) -> None:
-        if self._open_sides.pop(engine.boot_id, None) is None:
+        if self._open_parts.pop(engine.boot_id, None) is None:
             return
-        asked = engine is self.decode or self.state_reached_prefill
-        if not asked:
+        reached = self.state_reached_prefill if engine is self.prefill else self._staged
+        if engine is not self.decode and not reached:
             self._unended.pop(engine.boot_id, None)
             return
         self._send(engine, End(self.key, drain, reason, self._staged))
@@ -321,7 +363,7 @@ class Transfer:
         deadline_s = self._deadlines.stage_s if staging else self._deadlines.reserve_s
         since_s = max(self._last_message_s, self._state_since_s)
         if staging:
-            since_s = max(since_s, self.prefill.last_moved_s, self.decode.last_moved_s)
+            since_s = max(since_s, *(mover.last_moved_s for mover in self.movers))
         ends_s = min(
             since_s + _IDLE_FACTOR * deadline_s, self._state_since_s + _TOTAL_FACTOR * deadline_s
         )
@@ -336,18 +378,3 @@ class Transfer:
 
 
 _BEFORE_READY = (State.RESERVING_DECODE, State.RESERVING_PREFILL, State.STAGING)
-
-
-def _peer(engine: Engine, slots: tuple[int, ...]) -> Peer:
-    hello = engine.hello
-    return Peer(
-        engine_id=hello.engine_id,
-        boot_id=hello.boot_id,
-        host_id=hello.host_id,
-        pid=hello.pid,
-        pid_start=hello.pid_start,
-        address=hello.address,
-        region=hello.region,
-        staging_address=hello.staging_address,
-        slots=slots,
-    )
