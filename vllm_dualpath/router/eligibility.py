@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from vllm_dualpath.router.body import Ints
+
 Body = Mapping[str, Any]
 
 _MAX_COUNT = 1 << 24
@@ -24,7 +26,9 @@ def alone_reason(body: Body) -> str:
 
 def _list_of_prompts(body: Body) -> bool:
     prompt = body.get("prompt")
-    return isinstance(prompt, list) and not all(type(token) is int for token in prompt)
+    if not isinstance(prompt, list) or isinstance(prompt, Ints):
+        return False
+    return not all(type(token) is int for token in prompt)
 
 
 def _no_prompt(body: Body) -> bool:

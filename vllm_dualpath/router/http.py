@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from aiohttp import web
 
 from vllm_dualpath.errors import PeerLost
+from vllm_dualpath.router.body import parse_body
 from vllm_dualpath.router.engine import Engine
 from vllm_dualpath.router.flow import Core, Flow
-from vllm_dualpath.router.legs import PARAMS_FIELD, without_params
+from vllm_dualpath.router.legs import PARAMS_FIELD, forges_params, without_params
 from vllm_dualpath.router.relay import end_to_end, error_response, relay
 from vllm_dualpath.router.status import status_of
-from vllm_dualpath.router.upstream import to_json
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -93,14 +92,11 @@ class Handlers:
         if "json" not in request.content_type:
             return request.content.iter_any()
         raw = await request.read()
-        try:
-            body = json.loads(raw)
-        except ValueError:
-            return raw
-        if not isinstance(body, dict) or without_params(body) == body:
+        body = parse_body(raw)
+        if body is None or not forges_params(body):
             return raw
         logger.debug("%s of a client dropped", PARAMS_FIELD)
-        return to_json(without_params(body))
+        return body.encode(without_params(body))
 
 
 @web.middleware

@@ -6,11 +6,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import aiohttp
 from yarl import URL
@@ -111,21 +109,20 @@ class Upstream:
         return Answer(engine, response, first, streamed)
 
     async def fetch_soon(
-        self, engine: Engine, path: str, headers: Mapping[str, str], body: Mapping[str, Any] | None
+        self, engine: Engine, path: str, headers: Mapping[str, str], data: bytes | None
     ) -> tuple[int, str, bytes]:
         """As ``fetch``, for what takes no generation: an engine that is silent is a lost one."""
         try:
-            return await asyncio.wait_for(self.fetch(engine, path, headers, body), _ANSWER_S)
+            return await asyncio.wait_for(self.fetch(engine, path, headers, data), _ANSWER_S)
         except TimeoutError as exc:
             self._doubt(engine)
             raise PeerLost(f"{engine.engine_id}: no answer to {path} in {_ANSWER_S:.0f} s") from exc
 
     async def fetch(
-        self, engine: Engine, path: str, headers: Mapping[str, str], body: Mapping[str, Any] | None
+        self, engine: Engine, path: str, headers: Mapping[str, str], data: bytes | None
     ) -> tuple[int, str, bytes]:
-        """Ask for JSON; return (status, content type, whole body). ``body`` None is a GET."""
-        method = "GET" if body is None else "POST"
-        data = None if body is None else to_json(body)
+        """Ask for JSON; return (status, content type, whole body). ``data`` None is a GET."""
+        method = "GET" if data is None else "POST"
         answer = await self.ask(engine, method, path, {**headers, **JSON_HEADERS}, data)
         try:
             content = b"".join([chunk async for chunk in answer.chunks()])
@@ -168,8 +165,3 @@ def _url(engine: Engine, path: str) -> URL:
 
 
 JSON_HEADERS = {"Content-Type": "application/json"}
-
-
-def to_json(body: Mapping[str, Any]) -> bytes:
-    """A body for an engine."""
-    return json.dumps(body, separators=(",", ":")).encode()

@@ -15,6 +15,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 from vllm_dualpath.bench.router.loop import run
@@ -90,14 +91,16 @@ async def serve(spec: dict[str, Any]) -> None:
             key = TransferKey(bytes.fromhex(found[1].decode()), int(found[2]))
             movers[1].say(Committed(key))
 
-    for role, on_leg in (("prefill", prefilled), ("decode", lambda _body: None)):
-        await loop.create_server(
-            lambda on_leg=on_leg: EngineProtocol(on_leg), "127.0.0.1", spec[role]
-        )
+    for role, on_leg in (("prefill", prefilled), ("decode", _ignore)):
+        await loop.create_server(partial(EngineProtocol, on_leg), "127.0.0.1", spec[role])
     print("ready", flush=True)
     await loop.run_in_executor(None, sys.stdin.read)
     for mover in movers:
         mover.close()
+
+
+def _ignore(_body: bytes) -> None:
+    """The decode leg needs nothing of a mover but what it has got."""
 
 
 def main() -> None:

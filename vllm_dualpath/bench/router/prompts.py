@@ -74,9 +74,7 @@ def _prompt(kind: Kind, num_tokens: int) -> dict[str, Any]:
     step = -(-len(text) // _TURNS)
     parts = [text[start : start + step] for start in range(0, len(text), step)]
     roles = ["user", "assistant"]
-    return {
-        "messages": [{"role": roles[i % 2], "content": part} for i, part in enumerate(parts)]
-    }
+    return {"messages": [{"role": roles[i % 2], "content": part} for i, part in enumerate(parts)]}
 
 
 def _text(num_tokens: int) -> str:
@@ -90,7 +88,10 @@ def _text(num_tokens: int) -> str:
 def tokenized(body: bytes) -> bytes:
     """What ``/tokenize`` answers."""
     at = body.index(_MARK.encode()) + len(_MARK)
-    return b'{"tokens":[%b,%b' % (body[at : at + _DIGITS], _tokenized_rest(len(body) > _SHORT_BYTES))
+    return b'{"tokens":[%b,%b' % (
+        body[at : at + _DIGITS],
+        _tokenized_rest(len(body) > _SHORT_BYTES),
+    )
 
 
 @cache
