@@ -71,7 +71,7 @@ class Router:
         self._exit.callback(socket.close, _LINGER_MS)
         movers = Movers(socket, self.cluster, config.heartbeat_s, config.deadlines.stuck_warning_s)
         upstream = Upstream(self.cluster)
-        self._exit.push_async_callback(upstream.close)
+        self._exit.callback(upstream.close)
         telemetry = Telemetry(self.cluster)
         placer = Placer(self.cluster, _policy_of(config, self._profile), telemetry, config)
         names, tokenizer = ModelNames(upstream), Tokenizer(upstream)
