@@ -23,7 +23,10 @@ _HEARTBEAT_MS = 2000
 _HEARTBEAT_TIMEOUT_MS = 6000
 _RECONNECT_MS = 100
 _RECONNECT_MAX_MS = 2000
+# Plain numbers: the library's flags are enumerations, whose every "or" and "and" makes an object.
 _READABLE = int(zmq.POLLIN)
+_AT_ONCE = int(zmq.NOBLOCK)
+_MORE = int(zmq.SNDMORE | zmq.NOBLOCK)
 _MESSAGES_A_TURN = 64
 """A flood of messages must not keep the event loop from everything else."""
 
@@ -94,8 +97,8 @@ class RouterSocket:
     def send(self, identity: bytes, payload: bytes) -> None:
         """Send to one peer. Raises ``PeerLost`` when no such peer is connected."""
         try:
-            self._socket.send(identity, zmq.SNDMORE | zmq.NOBLOCK)
-            self._socket.send(payload, zmq.NOBLOCK)
+            self._socket.send(identity, _MORE)
+            self._socket.send(payload, _AT_ONCE)
         except zmq.ZMQError as exc:
             if exc.errno in (errno.EHOSTUNREACH, errno.EAGAIN):
                 raise PeerLost(f"mover {identity.hex()[:12]} is not connected") from exc
@@ -114,7 +117,7 @@ class RouterSocket:
         for _ in range(_MESSAGES_A_TURN):
             if not int(self._socket.getsockopt(zmq.EVENTS)) & _READABLE:
                 return
-            frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            frames = self._socket.recv_multipart(_AT_ONCE)
             take(frames[0], frames[1] if len(frames) == 2 else b"")
         self._look_again()
 

@@ -69,6 +69,10 @@ class Body(Mapping[str, Any]):
             return self._values[name]
         return value
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value, or ``default``; asked for many fields that a body rarely has."""
+        return self[name] if name in self else default  # noqa: SIM401 # no recursion, no exception
+
     def __contains__(self, name: object) -> bool:
         return name in (self._values if self._raw is None else self._raw)
 

@@ -6,7 +6,7 @@ Field names are those of vLLM's request classes, in
 
 from __future__ import annotations
 
-import uuid
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -108,5 +108,5 @@ def leg_headers(headers: Mapping[str, str]) -> dict[str, str]:
     Two engines may share it: vLLM makes it unique within an engine by a suffix of its own.
     """
     passed = {name: headers[name] for name in _PASSED_HEADERS if name in headers}
-    passed["X-Request-Id"] = headers.get("X-Request-Id") or uuid.uuid4().hex
+    passed["X-Request-Id"] = headers.get("X-Request-Id") or secrets.token_hex(16)
     return passed

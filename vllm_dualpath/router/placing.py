@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_dualpath.blocks import chain_hashes, chain_root, prompt_digest
+from vllm_dualpath.blocks import chain_root, hash_prompt
 from vllm_dualpath.config import RouterConfig
 from vllm_dualpath.plan import ReadPlan, Segment
 from vllm_dualpath.policy import Decision, PlanRequest, Policy, Verdict, WaitingLine
@@ -107,7 +107,9 @@ class Placer:
     # --- waiting ---
 
     async def _in_line(self, group: PairGroup, prompt: Prompt) -> Placement | None:
-        line = self._lines.setdefault(group, Line())
+        line = self._lines.get(group)
+        if line is None:
+            line = self._lines[group] = Line()
         started_s = time.monotonic()
         with self._telemetry.waiting.track_inprogress():
             try:
@@ -189,8 +191,7 @@ def _prompt_for(
 ) -> Prompt:
     hello = view.hello
     root = hello.root if cache_salt is None else chain_root(hello.root, cache_salt)
-    hashes = chain_hashes(root, token_ids, hello.geometry.block_tokens)
-    digest = prompt_digest(root, token_ids)
+    hashes, digest = hash_prompt(root, token_ids, hello.geometry.block_tokens)
     return Prompt(len(token_ids), root, tuple(hashes), digest, num_releases)
 
 
