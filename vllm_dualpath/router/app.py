@@ -80,15 +80,13 @@ class Router:
         for task in tasks:
             task.add_done_callback(self._task_ended)
         self._exit.push_async_callback(_cancel, tasks)
-        await self._listen(Handlers(core).application())
+        await self._listen(Handlers(core).server())
         logger.info(
             "router (%s) serves http://%s, movers at %s", config.mode, config.listen, config.control
         )
 
-    async def _listen(self, app: web.Application) -> None:
-        runner = web.AppRunner(
-            app, access_log=None, handler_cancellation=True, shutdown_timeout=_SHUTDOWN_S
-        )
+    async def _listen(self, server: web.Server) -> None:
+        runner = web.ServerRunner(server, shutdown_timeout=_SHUTDOWN_S)
         await runner.setup()
         self._exit.push_async_callback(runner.cleanup)
         host, port = _host_and_port(self.config.listen)

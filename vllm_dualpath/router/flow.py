@@ -56,7 +56,7 @@ class Core:
 class Flow:
     """One request. ``run`` is called once."""
 
-    def __init__(self, core: Core, request: web.Request, raw: bytes) -> None:
+    def __init__(self, core: Core, request: web.BaseRequest, raw: bytes) -> None:
         self._core = core
         self._request = request
         self._path = request.path

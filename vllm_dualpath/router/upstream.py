@@ -117,7 +117,9 @@ class Upstream:
         method = "GET" if data is None else "POST"
         answer = await self.ask(engine, method, path, {**headers, **JSON_HEADERS}, data)
         try:
-            content = b"".join([chunk async for chunk in answer.chunks()])
+            content = answer.first
+            if answer.streamed:
+                content = b"".join([chunk async for chunk in answer.chunks()])
             return answer.status, answer.head.content_type, content
         finally:
             answer.close()
