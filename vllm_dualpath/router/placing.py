@@ -49,6 +49,7 @@ class Placer:
         self._lines: dict[PairGroup, Line[Placement]] = {}
         self._memory = PrefixMemory()
         cluster.on_room = self._wake
+        telemetry.num_waiting = lambda: sum(len(line) for line in self._lines.values())
 
     async def first(
         self, token_ids: Sequence[int], cache_salt: str | None, num_releases: int
@@ -111,25 +112,24 @@ class Placer:
         if line is None:
             line = self._lines[group] = Line()
         started_s = time.monotonic()
-        with self._telemetry.waiting.track_inprogress():
-            try:
-                return await line.place(
-                    prompt.num_tokens,
-                    lambda waiting: self._attempt(group, prompt, waiting),
-                    lambda placement: placement.booking.release(),
-                    self._config.queue_wait_s,
-                )
-            except TimeoutError:
-                logger.info(
-                    "a request waited for %.1f s: load counts no more for it", _since(started_s)
-                )
-                forced = self._attempt(group, prompt, None)
-                return None if isinstance(forced, NotNow) else forced
-            finally:
-                self._telemetry.wait_seconds.observe(_since(started_s))
-                # Another line may have taken its place meanwhile.
-                if not line and self._lines.get(group) is line:
-                    del self._lines[group]
+        try:
+            return await line.place(
+                prompt.num_tokens,
+                lambda waiting: self._attempt(group, prompt, waiting),
+                lambda placement: placement.booking.release(),
+                self._config.queue_wait_s,
+            )
+        except TimeoutError:
+            logger.info(
+                "a request waited for %.1f s: load counts no more for it", _since(started_s)
+            )
+            forced = self._attempt(group, prompt, None)
+            return None if isinstance(forced, NotNow) else forced
+        finally:
+            self._telemetry.wait_seconds.observe(_since(started_s))
+            # Another line may have taken its place meanwhile.
+            if not line and self._lines.get(group) is line:
+                del self._lines[group]
 
     def _attempt(
         self, group: PairGroup, prompt: Prompt, line: WaitingLine | None
@@ -164,8 +164,9 @@ class Placer:
             block_tokens,
             cached=[(index, num_blocks) for index, num_blocks in cached if index is not None],
         )
-        with self._telemetry.decision_seconds.time():
-            decision = self._policy.decide(view.view, request, line, ignore_load=ignore_load)
+        started_s = time.perf_counter()
+        decision = self._policy.decide(view.view, request, line, ignore_load=ignore_load)
+        self._telemetry.decision_seconds.observe(time.perf_counter() - started_s)
         if decision.verdict is Verdict.IMPOSSIBLE:
             return None
         if decision.verdict is not Verdict.PLACED:
