@@ -121,7 +121,26 @@ def extend_chain(parent: bytes, block_token_bytes: bytes) -> bytes:
 
 def chain_hashes(root: bytes, token_ids: Sequence[int], block_tokens: int) -> list[bytes]:
     """The chain hash of every full block of ``token_ids``."""
+    return _chain(root, token_bytes(token_ids), block_tokens)
+
+
+def prompt_digest(root: bytes, token_ids: Sequence[int]) -> bytes:
+    """One hash over a whole prompt, its partial last block included.
+
+    The router states it for the prompt it planned, an engine for the prompt it was given.
+    """
+    return _digest(root, token_bytes(token_ids))
+
+
+def hash_prompt(
+    root: bytes, token_ids: Sequence[int], block_tokens: int
+) -> tuple[list[bytes], bytes]:
+    """``chain_hashes`` and ``prompt_digest`` of one prompt; looks at its ids once."""
     packed = token_bytes(token_ids)
+    return _chain(root, packed, block_tokens), _digest(root, packed)
+
+
+def _chain(root: bytes, packed: bytes, block_tokens: int) -> list[bytes]:
     stride = 4 * block_tokens
     hashes: list[bytes] = []
     parent = root
@@ -131,9 +150,5 @@ def chain_hashes(root: bytes, token_ids: Sequence[int], block_tokens: int) -> li
     return hashes
 
 
-def prompt_digest(root: bytes, token_ids: Sequence[int]) -> bytes:
-    """One hash over a whole prompt, its partial last block included.
-
-    The router states it for the prompt it planned, an engine for the prompt it was given.
-    """
-    return hashlib.sha256(_TAIL_DOMAIN + root + token_bytes(token_ids)).digest()
+def _digest(root: bytes, packed: bytes) -> bytes:
+    return hashlib.sha256(_TAIL_DOMAIN + root + packed).digest()

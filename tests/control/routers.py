@@ -22,10 +22,13 @@ class CurveRouter:
     def __init__(self, keys: Path | None, endpoint: str | None = None) -> None:
         self.endpoint = endpoint or free_endpoint()
         self._runner = asyncio.Runner()
-        self._socket = self._runner.run(self._open(keys))
+        self._received: asyncio.Queue[tuple[bytes, bytes]] = asyncio.Queue()
+        self._socket, self._task = self._runner.run(self._open(keys))
 
-    async def _open(self, keys: Path | None) -> RouterSocket:
-        return RouterSocket(self.endpoint, keys)
+    async def _open(self, keys: Path | None) -> tuple[RouterSocket, asyncio.Task[None]]:
+        opened = RouterSocket(self.endpoint, keys)
+        take = opened.receive(lambda *message: self._received.put_nowait(message))
+        return opened, asyncio.create_task(take)
 
     def recv(self, timeout_s: float) -> tuple[bytes, bytes]:
         """Raises ``TimeoutError``."""
@@ -33,10 +36,13 @@ class CurveRouter:
 
     async def _recv(self, timeout_s: float) -> tuple[bytes, bytes]:
         async with asyncio.timeout(timeout_s):
-            return await self._socket.recv()
+            return await self._received.get()
 
     def send(self, identity: bytes, payload: bytes) -> None:
-        self._runner.run(self._socket.send(identity, payload))
+        self._runner.run(self._send(identity, payload))
+
+    async def _send(self, identity: bytes, payload: bytes) -> None:
+        self._socket.send(identity, payload)
 
     def __enter__(self) -> CurveRouter:
         return self
@@ -47,5 +53,6 @@ class CurveRouter:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._socket.close()
+        self._task.cancel()
         self._runner.close()
+        self._socket.close()

@@ -8,7 +8,16 @@ import json
 import pytest
 
 from vllm_dualpath.blocks import chain_hashes, chain_root, prompt_digest
-from vllm_dualpath.messages import Dropped, End, Evict, Reserve, SegmentDone, Stage, Stored
+from vllm_dualpath.messages import (
+    Dropped,
+    End,
+    Evict,
+    GeometrySpec,
+    Reserve,
+    SegmentDone,
+    Stage,
+    Stored,
+)
 
 from .cluster import BLOCK_TOKENS, ROOT, Harness, pair, stored_blocks
 
@@ -95,6 +104,26 @@ async def test_bodies_of_both_legs() -> None:
         assert other["boot_id"] == harness.d.boot_id.hex()
         assert other["transfer"] == leg["transfer"]
         assert (decode["n"], decode["min_tokens"], decode["stop"]) == (2, 3, ["x"])
+
+
+async def test_a_prompt_of_128k_ids_is_transferred() -> None:
+    """The longest prompts go the way of all others: the same bytes in both legs, and one plan."""
+    ids = [1000 + number % 8999 for number in range(128 * 1024)]
+    spec = GeometrySpec(64, 16, (64, 64), "LBHNC", 1, "bfloat16")
+    changes = {"geometry": spec, "max_model_len": 1 << 18, "num_slots": 4096}
+    async with Harness() as harness:
+        await harness.add("p", "prefill", **changes)
+        await harness.add("d", "decode", **changes)
+        large = asyncio.create_task(harness.post(body(prompt=ids)))
+        small = asyncio.create_task(harness.post(body()))
+        assert [(await task)[0] for task in (large, small)] == [200, 200]
+        for server in ("p", "d"):
+            prompts = [leg["prompt"] for leg in harness.bodies(f"{server}:leg")]
+            assert sorted(prompts, key=len) == [IDS, ids]
+        stage = max(harness.d.of(Stage), key=lambda each: each.num_tokens)
+        assert stage.digest == prompt_digest(ROOT, ids)
+        assert stage.block_hashes == tuple(chain_hashes(ROOT, ids, 64))
+        await harness.idle()
 
 
 async def test_chat_is_rendered_once_and_sent_as_ids() -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
-from vllm_dualpath.messages import Load, MoverStats, Reserve, Stage
+from vllm_dualpath.messages import Committed, Load, MoverStats, Reserve, Stage
 from vllm_dualpath.policy import WaitingLine
 from vllm_dualpath.router.waiting import Line, NotNow
 
-from .cluster import BLOCK_TOKENS, Harness, pair, stored_blocks
+from .cluster import BLOCK_TOKENS, Harness, pair, stored_blocks, wire_key
 from .test_good_case import IDS, body
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(60)]
@@ -19,8 +21,10 @@ pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(60)]
 TIGHT: dict[str, Any] = {"beta_s": 1.0, "prefill_tokens_per_s": len(IDS) - 1.0}
 """One prompt in the prefill engine is more than beta."""
 
+Answered = asyncio.Task[tuple[int, bytes]]
 
-async def post_later(harness: Harness, **changes: object) -> asyncio.Task[tuple[int, bytes]]:
+
+async def post_later(harness: Harness, **changes: object) -> Answered:
     return asyncio.create_task(harness.post(body(**changes)))
 
 
@@ -38,9 +42,14 @@ async def until_waiting(harness: Harness, number: int) -> None:
     await asyncio.wait_for(poll(), 5)
 
 
-def hold_staging(harness: Harness) -> None:
-    """The prefill mover answers no ``Stage``, until its script is taken away."""
-    harness.p.script = lambda message: isinstance(message, Stage)
+@contextlib.asynccontextmanager
+async def full_pair(**config: Any) -> AsyncIterator[tuple[Harness, Answered]]:
+    """``p`` takes nothing more: it holds a request, yielded too, until ``go_on``."""
+    async with pair(**TIGHT, **config) as harness:
+        harness.p.script = lambda message: isinstance(message, Stage)
+        first = await post_later(harness)
+        await harness.until(lambda: len(harness.p.of(Stage)) == 1)
+        yield harness, first
 
 
 def go_on(harness: Harness) -> None:
@@ -49,20 +58,20 @@ def go_on(harness: Harness) -> None:
         harness.p.respond(stage)
 
 
+async def statuses(*tasks: Answered) -> list[int]:
+    return [status for status, _ in await asyncio.wait_for(asyncio.gather(*tasks), 10)]
+
+
 async def test_who_finds_no_engine_below_beta_waits_in_order() -> None:
     """The second and third request are placed, one after the other, when the first has left."""
-    async with pair(**TIGHT) as harness:
-        hold_staging(harness)
-        first = await post_later(harness)
-        await harness.until(lambda: len(harness.p.of(Stage)) == 1)
+    async with full_pair() as (harness, first):
         others = [await post_later(harness, max_tokens=6)]
         await until_waiting(harness, 1)
         others.append(await post_later(harness, max_tokens=7))
         await until_waiting(harness, 2)
         assert len(harness.d.of(Reserve)) == 1
         go_on(harness)
-        answers = await asyncio.gather(first, *others)
-        assert [status for status, _ in answers] == [200] * 3
+        assert await statuses(first, *others) == [200] * 3
         assert [leg["max_tokens"] for leg in harness.bodies("d:leg")] == [5, 6, 7]
         assert await waiting(harness) == 0
         await harness.idle()
@@ -70,23 +79,17 @@ async def test_who_finds_no_engine_below_beta_waits_in_order() -> None:
 
 async def test_who_has_waited_long_enough_is_placed_all_the_same() -> None:
     """After ``queue_wait_s`` load counts no more."""
-    async with pair(queue_wait_s=0.2, **TIGHT) as harness:
-        hold_staging(harness)
-        first = await post_later(harness)
-        await harness.until(lambda: len(harness.p.of(Stage)) == 1)
+    async with full_pair(queue_wait_s=0.2) as (harness, first):
         second = await post_later(harness)
         await harness.until(lambda: len(harness.p.of(Stage)) == 2)
         go_on(harness)
-        assert [(await task)[0] for task in (first, second)] == [200, 200]
+        assert await statuses(first, second) == [200, 200]
         await harness.idle()
 
 
 async def test_a_client_that_leaves_the_line_holds_nobody_up() -> None:
     """The next one moves up, and nothing stays booked."""
-    async with pair(**TIGHT) as harness:
-        hold_staging(harness)
-        first = await post_later(harness)
-        await harness.until(lambda: len(harness.p.of(Stage)) == 1)
+    async with full_pair() as (harness, first):
         gone = await post_later(harness)
         await until_waiting(harness, 1)
         third = await post_later(harness)
@@ -94,39 +97,89 @@ async def test_a_client_that_leaves_the_line_holds_nobody_up() -> None:
         gone.cancel()
         await until_waiting(harness, 1)
         go_on(harness)
-        assert [(await task)[0] for task in (first, third)] == [200, 200]
+        assert await statuses(first, third) == [200, 200]
         assert len(harness.d.of(Reserve)) == 2
         await harness.idle()
 
 
 async def test_a_new_engine_moves_the_line() -> None:
     """Who waits for the only prefill engine takes one that joins."""
-    async with pair(**TIGHT) as harness:
-        hold_staging(harness)
-        first = await post_later(harness)
-        await harness.until(lambda: len(harness.p.of(Stage)) == 1)
+    async with full_pair() as (harness, first):
         second = await post_later(harness)
         await until_waiting(harness, 1)
         await harness.add("p2", "prefill")
         await harness.until(lambda: bool(harness.movers["p2"].of(Stage)))
         go_on(harness)
-        assert [(await task)[0] for task in (first, second)] == [200, 200]
+        assert await statuses(first, second) == [200, 200]
         await harness.idle()
 
 
-async def test_a_lost_group_sends_its_line_to_a_decode_engine_alone() -> None:
-    """Nobody waits for engines that are gone."""
-    async with pair(**TIGHT) as harness:
-        hold_staging(harness)
-        first = await post_later(harness)
-        await harness.until(lambda: len(harness.p.of(Stage)) == 1)
+def lose(harness: Harness, name: str) -> None:
+    """The router has not heard of this mover for too long."""
+    engine = harness.router.cluster.by_id(name)
+    assert engine is not None
+    harness.movers[name].heartbeats = False
+    harness.router.cluster.leave(engine)
+
+
+@pytest.mark.parametrize("lost", ["p", "d"])
+async def test_a_lost_group_sends_its_line_to_a_decode_engine_alone(lost: str) -> None:
+    """Nobody waits for engines that are gone: the whole line goes, and nothing stays booked."""
+    async with full_pair() as (harness, first):
+        if lost == "d":
+            await harness.add("e", "decode", store="file:///elsewhere")
+        others = [await post_later(harness, max_tokens=each) for each in (6, 7, 8)]
+        await until_waiting(harness, 3)
+        lose(harness, lost)
+        assert await statuses(first, *others) == [200] * 4
+        answered = harness.bodies("e:leg" if lost == "d" else "d:leg")
+        assert sorted(leg["max_tokens"] for leg in answered) == [5, 6, 7, 8]
+        assert not any("kv_transfer_params" in leg for leg in answered)
+        assert await waiting(harness) == 0
+        await harness.until(lambda: not harness.router.cluster.transfers)
+
+
+async def test_a_line_goes_on_with_the_engines_that_are_left() -> None:
+    """One of two full prefill engines goes: who waits takes the other's place, in order."""
+    async with full_pair() as (harness, first):
+        other = await harness.add("p2", "prefill")
+        other.script = lambda message: isinstance(message, Stage)
         second = await post_later(harness)
+        await harness.until(lambda: bool(other.of(Stage)))
+        third = await post_later(harness, max_tokens=6)
         await until_waiting(harness, 1)
-        engine = harness.router.cluster.by_id("p")
-        assert engine is not None
-        harness.p.heartbeats = False
-        harness.router.cluster.leave(engine)
-        assert [(await task)[0] for task in (first, second)] == [200, 200]
+        fourth = await post_later(harness, max_tokens=7)
+        await until_waiting(harness, 2)
+        lose(harness, "p2")
+        # Whose transfer is lost has waited once; who waits goes on waiting.
+        await harness.until(lambda: len(harness.p.of(Stage)) == 2)
+        assert await waiting(harness) == 2
+        go_on(harness)
+        assert await statuses(first, second, third, fourth) == [200] * 4
+        decoded = [leg["max_tokens"] for leg in harness.bodies("d:leg")]
+        assert decoded.index(6) < decoded.index(7)
+        await harness.until(lambda: not harness.router.cluster.transfers)
+
+
+async def test_a_lost_groups_line_is_placed_in_another_group() -> None:
+    """Engines that share nothing with the lost ones serve its line, with a transfer."""
+    root = b"\xff" * 32  # after every other in the order of groups
+
+    async def prefill(request: Any, leg: dict[str, Any]) -> Any:
+        key = wire_key(leg["kv_transfer_params"]["dualpath"])
+        harness.movers["d2"].say(Committed(key))
+        return await harness.movers["p2"].server.answer(request, leg)
+
+    async with full_pair() as (harness, first):
+        await harness.add("p2", "prefill", behaviour=prefill, root=root)
+        await harness.add("d2", "decode", root=root)
+        second = await post_later(harness, max_tokens=6)
+        await until_waiting(harness, 1)
+        assert not harness.movers["p2"].of(Stage)
+        lose(harness, "p")
+        assert await statuses(first, second) == [200, 200]
+        assert sorted(leg["max_tokens"] for leg in harness.bodies("d2:leg")) == [5, 6]
+        assert all("kv_transfer_params" in leg for leg in harness.bodies("d2:leg"))
         await harness.until(lambda: not harness.router.cluster.transfers)
 
 

@@ -1,4 +1,4 @@
-"""``vllm-dualpath bench``: measure a server, this machine's data mover, or the policy."""
+"""``vllm-dualpath bench``: measure a server, this machine's data mover, the policy, a router."""
 
 from __future__ import annotations
 
@@ -20,6 +20,12 @@ from vllm_dualpath.bench.policy import policy_table, time_policies
 from vllm_dualpath.bench.policy import to_json as to_policy_json
 from vllm_dualpath.bench.replay import ReplayPlan, ReplayResult, TokenRange
 from vllm_dualpath.bench.report import latency_table, replay_with_progress
+from vllm_dualpath.bench.router.report import make_record as make_router_record
+from vllm_dualpath.bench.router.report import measure_with_progress as measure_router
+from vllm_dualpath.bench.router.report import result_table as router_table
+from vllm_dualpath.bench.router.report import within_goal
+from vllm_dualpath.bench.router.run import full_plan as full_router_plan
+from vllm_dualpath.bench.router.run import short_plan as short_router_plan
 
 app = typer.Typer(help="Measure a server, or the data mover on this machine.", no_args_is_help=True)
 
@@ -131,6 +137,33 @@ def policy(
         json_path.write_text(json.dumps(to_policy_json(timings), indent=1) + "\n", encoding="utf-8")
     Console().print(policy_table(timings))
     raise typer.Exit(0 if all(timing.within_limits for timing in timings) else 1)
+
+
+@app.command()
+def router(
+    short: Annotated[bool, typer.Option("--short", help="Under 60 s: fewer rounds.")] = False,
+    mode: Annotated[str, typer.Option(help="Our router's policy.")] = "split",
+    vllm_router_path: Annotated[
+        Path | None, typer.Option(help="Where vllm-router is, if not in this environment.")
+    ] = None,
+    pin: Annotated[
+        bool, typer.Option(help="Routers on one core, engines and clients on another.")
+    ] = True,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write ratios, intervals and samples here.")
+    ] = None,
+) -> None:
+    """Measure what our router and vllm-router add to a request, between do-nothing engines.
+
+    Exit code 1 if a ratio misses the goal.
+    """
+    plan = short_router_plan if short else full_router_plan
+    measured = measure_router(plan(mode, vllm_router_path, pin), Console(stderr=True))
+    record = make_router_record(measured)
+    if json_path is not None:
+        json_path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    Console().print(router_table(record))
+    raise typer.Exit(0 if within_goal(record) else 1)
 
 
 def _report_failures(result: ReplayResult) -> int:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from vllm_dualpath.router.body import Ints
+
 Body = Mapping[str, Any]
 
 _MAX_COUNT = 1 << 24
@@ -19,12 +21,17 @@ _TEXT_PART_KEYS = frozenset({"type", "text", "cache_control"})
 
 def alone_reason(body: Body) -> str:
     """Why this request goes to a decode engine alone; empty when a transfer can serve it."""
-    return next((reason for reason, applies in _TABLE if applies(body)), "")
+    for reason, applies in _TABLE:
+        if applies(body):
+            return reason
+    return ""
 
 
 def _list_of_prompts(body: Body) -> bool:
     prompt = body.get("prompt")
-    return isinstance(prompt, list) and not all(type(token) is int for token in prompt)
+    if not isinstance(prompt, list) or isinstance(prompt, Ints):
+        return False
+    return not all(type(token) is int for token in prompt)
 
 
 def _no_prompt(body: Body) -> bool:
@@ -70,11 +77,11 @@ def _odd_salt(body: Body) -> bool:
 
 
 def _present(*names: str) -> Callable[[Body], bool]:
-    return lambda body: any(body.get(name) is not None for name in names)
+    return lambda body: any([body.get(name) is not None for name in names])  # noqa: C419 # faster
 
 
-def _truthy(*names: str) -> Callable[[Body], bool]:
-    return lambda body: any(body.get(name) for name in names)
+def _truthy(name: str) -> Callable[[Body], bool]:
+    return lambda body: bool(body.get(name))
 
 
 _TABLE: tuple[tuple[str, Callable[[Body], bool]], ...] = (

@@ -6,24 +6,23 @@ Every way out ends the transfer at every mover, and answers the client unless th
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from aiohttp import web
 
 from vllm_dualpath.config import RouterConfig
 from vllm_dualpath.errors import PeerLost
 from vllm_dualpath.messages import LegParams, TransferKey
+from vllm_dualpath.router.body import Body, TokenIds, parse_body
 from vllm_dualpath.router.booking import Assignment
 from vllm_dualpath.router.cluster import Cluster
 from vllm_dualpath.router.eligibility import alone_reason
 from vllm_dualpath.router.engine import Engine
 from vllm_dualpath.router.legs import (
     decode_leg,
+    forges_params,
     leg_headers,
     prefill_leg,
     without_params,
@@ -34,7 +33,7 @@ from vllm_dualpath.router.relay import error_response, relay
 from vllm_dualpath.router.telemetry import Telemetry
 from vllm_dualpath.router.tokenize import ModelNames, Tokenizer
 from vllm_dualpath.router.transfer import Transfer
-from vllm_dualpath.router.upstream import JSON_HEADERS, Upstream, to_json
+from vllm_dualpath.router.upstream import JSON_HEADERS, Upstream
 from vllm_dualpath.router.usage import reported_cached_tokens
 
 logger = logging.getLogger(__name__)
@@ -57,12 +56,12 @@ class Core:
 class Flow:
     """One request. ``run`` is called once."""
 
-    def __init__(self, core: Core, request: web.Request, raw: bytes) -> None:
+    def __init__(self, core: Core, request: web.BaseRequest, raw: bytes) -> None:
         self._core = core
         self._request = request
         self._path = request.path
         self._headers = leg_headers(request.headers)
-        self._body = _parse(raw)
+        self._body = parse_body(raw)
         self._raw = raw
         self._outcome = "failed"
 
@@ -89,22 +88,21 @@ class Flow:
             return await self._alone("no prefill engine, another model, or no token ids")
         return await self._with_transfer(body, ids)
 
-    async def _token_ids(self, body: dict[str, Any]) -> list[int] | None:
+    async def _token_ids(self, body: Body) -> TokenIds | None:
         engine = self._core.cluster.some_decode()
         if not self._core.cluster.roster.views or engine is None:
             return None
         now_s = asyncio.get_running_loop().time()
         if not await self._core.names.is_base(body.get("model"), engine, self._headers, now_s):
             return None
-        clean = without_params(body)
-        return await self._core.tokenizer.token_ids(engine, self._path, clean, self._headers)
+        return await self._core.tokenizer.token_ids(engine, self._path, body, self._headers)
 
     # --- with a transfer ---
 
-    async def _with_transfer(self, body: dict[str, Any], ids: Sequence[int]) -> web.StreamResponse:
+    async def _with_transfer(self, body: Body, ids: TokenIds) -> web.StreamResponse:
         salt, num_releases = body.get("cache_salt"), body.get("n") or 1
         try:
-            placement = await self._core.placer.first(ids, salt, num_releases)
+            placement = await self._core.placer.first(ids.ids, salt, num_releases)
         except ValueError:
             return await self._alone("token ids that no model has")
         transfer_id = secrets.token_bytes(16)
@@ -123,7 +121,9 @@ class Flow:
             if transfer.leg_sent:
                 return await self._alone("a leg or the commit failed", placement.decode)
             more = attempt + 1 < MAX_ATTEMPTS
-            placement = self._core.placer.after(transfer, attempt + 1, ids, salt) if more else None
+            placement = (
+                self._core.placer.after(transfer, attempt + 1, ids.ids, salt) if more else None
+            )
         return await self._alone("no pair of engines can take it", preferred)
 
     def _open(self, key: TransferKey, placement: Placement) -> Transfer:
@@ -148,7 +148,7 @@ class Flow:
         return transfer
 
     async def _attempt(
-        self, transfer: Transfer, body: dict[str, Any], ids: Sequence[int]
+        self, transfer: Transfer, body: Body, ids: TokenIds
     ) -> web.StreamResponse | None:
         """One attempt; ``None`` when something else has to be tried. The transfer is ended."""
         booking = transfer.booking
@@ -186,38 +186,34 @@ class Flow:
             self._core.cluster.close(transfer, drain=drain, reason=reason)
 
     async def _prefill(
-        self, transfer: Transfer, body: dict[str, Any], ids: Sequence[int]
+        self, transfer: Transfer, body: Body, ids: TokenIds
     ) -> tuple[int, str, bytes] | None:
         """The prefill leg; ``None`` when it failed, or the transfer did meanwhile."""
         transfer.leg_sent = True
         params = _params(transfer, transfer.prefill, len(ids))
-        leg = asyncio.create_task(
-            self._core.upstream.fetch(
-                transfer.prefill, self._path, self._headers, prefill_leg(body, params, ids)
-            )
-        )
-        failed = asyncio.create_task(transfer.wait_failed())
+        data = prefill_leg(body, params, ids)
+        fetch = self._core.upstream.fetch(transfer.prefill, self._path, self._headers, data)
+        leg = asyncio.create_task(fetch)
+        transfer.when_failed(leg.cancel)
         try:
-            await asyncio.wait({leg, failed}, return_when=asyncio.FIRST_COMPLETED)
-            if not leg.done():
-                return None
-            result = leg.result()
+            result = await leg
             if result[0] < 500:
                 return result
             transfer.fail(f"prefill leg: status {result[0]}", transfer.prefill.engine_id)
         except PeerLost as exc:
             transfer.fail(f"prefill leg: {exc}", transfer.prefill.engine_id)
+        except asyncio.CancelledError:
+            if transfer.failure is None or _is_cancelled():
+                raise
         finally:
-            for task in (leg, failed):
-                task.cancel()
-            await asyncio.gather(leg, failed, return_exceptions=True)
+            transfer.when_failed(None)
         return None
 
     async def _decode(
-        self, transfer: Transfer, body: dict[str, Any], ids: Sequence[int], cached_tokens: int
+        self, transfer: Transfer, body: Body, ids: TokenIds, cached_tokens: int
     ) -> web.StreamResponse | None:
         params = _params(transfer, transfer.decode, len(ids))
-        data = to_json(decode_leg(body, params, ids))
+        data = decode_leg(body, params, ids)
         headers = {**self._headers, **JSON_HEADERS}
         transfer.booking.decode.take_kv()
         try:
@@ -267,8 +263,15 @@ class Flow:
         """The client's own bytes, unless the router's field is in them."""
         if self._body is None:
             return self._raw
-        clean = without_params(self._body)
-        return self._raw if clean == self._body else to_json(clean)
+        if not forges_params(self._body):
+            return self._raw
+        return self._body.encode(without_params(self._body))
+
+
+def _is_cancelled() -> bool:
+    """Whether this task itself is, and not only one that it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _params(transfer: Transfer, engine: Engine, num_tokens: int) -> LegParams:
@@ -279,15 +282,7 @@ def _pass_on(status: int, content_type: str, content: bytes) -> web.Response:
     return web.Response(status=status, body=content, headers={"Content-Type": content_type})
 
 
-def _parse(raw: bytes) -> dict[str, Any] | None:
-    try:
-        body = json.loads(raw)
-    except ValueError:
-        return None
-    return body if isinstance(body, dict) else None
-
-
-def _too_long(body: dict[str, Any], ids: Sequence[int], engine: Engine) -> bool:
+def _too_long(body: Body, ids: TokenIds, engine: Engine) -> bool:
     """VLLM will refuse it, or shorten the answer; neither is worth a transfer."""
     wanted = body.get("max_completion_tokens") or body.get("max_tokens") or 0
     return len(ids) + wanted > engine.hello.max_model_len

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-from aiohttp import web
+from aiohttp import StreamReader, web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http import RawRequestMessage
 
 from vllm_dualpath.errors import PeerLost
+from vllm_dualpath.router.body import parse_body
 from vllm_dualpath.router.engine import Engine
 from vllm_dualpath.router.flow import Core, Flow
-from vllm_dualpath.router.legs import PARAMS_FIELD, without_params
+from vllm_dualpath.router.legs import PARAMS_FIELD, forges_params, without_params
 from vllm_dualpath.router.relay import end_to_end, error_response, relay
 from vllm_dualpath.router.status import status_of
-from vllm_dualpath.router.upstream import to_json
 
-_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+_Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 logger = logging.getLogger(__name__)
 
@@ -29,40 +31,73 @@ class Handlers:
 
     def __init__(self, core: Core) -> None:
         self._core = core
+        self._routes: dict[tuple[str, str], _Handler] = {
+            ("POST", "/v1/completions"): self.generate,
+            ("POST", "/v1/chat/completions"): self.generate,
+            ("GET", "/health"): self.health,
+            ("GET", "/metrics"): self.metrics,
+            ("GET", "/dualpath/status"): self.status,
+        }
+        """Paths not named here pass through."""
 
-    def application(self) -> web.Application:
-        """The aiohttp application; paths not named here pass through."""
-        app = web.Application(
-            client_max_size=self._core.config.max_body_bytes, middlewares=[_errors_as_json]
+    def server(self) -> web.Server:
+        """Aiohttp's server without its application: six paths need no machinery to be found."""
+        return web.Server(
+            self._answer, request_factory=self._request, handler_cancellation=True, access_log=None
         )
-        app.router.add_post("/v1/completions", self.generate)
-        app.router.add_post("/v1/chat/completions", self.generate)
-        app.router.add_get("/health", self.health)
-        app.router.add_get("/metrics", self.metrics)
-        app.router.add_get("/dualpath/status", self.status)
-        app.router.add_route("*", "/{path:.*}", self.pass_through)
-        return app
 
-    async def generate(self, request: web.Request) -> web.StreamResponse:
+    def _request(
+        self,
+        message: RawRequestMessage,
+        payload: StreamReader,
+        protocol: web.RequestHandler,
+        writer: AbstractStreamWriter,
+        task: asyncio.Task[None],
+    ) -> web.BaseRequest:
+        return web.BaseRequest(
+            message,
+            payload,
+            protocol,
+            writer,
+            task,
+            asyncio.get_running_loop(),
+            client_max_size=self._core.config.max_body_bytes,
+        )
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Every request. Our own errors have the form that OpenAI's clients expect."""
+        method = "GET" if request.method == "HEAD" else request.method
+        handler = self._routes.get((method, request.rel_url.raw_path), self.pass_through)
+        try:
+            return await handler(request)
+        except web.HTTPException as exc:
+            return error_response(exc.status, type(exc).__name__, exc.text or exc.reason)
+        except (ConnectionError, TimeoutError):
+            raise
+        except Exception:
+            logger.exception("%s %s failed", request.method, request.path)
+            return error_response(500, "InternalServerError", "the router failed; see its log")
+
+    async def generate(self, request: web.BaseRequest) -> web.StreamResponse:
         return await Flow(self._core, request, await request.read()).run()
 
-    async def health(self, _request: web.Request) -> web.Response:
+    async def health(self, _request: web.BaseRequest) -> web.Response:
         counts = {role: len(self._core.cluster.usable(role)) for role in ("prefill", "decode")}
         if counts["decode"]:
             return web.json_response({"status": "ok", **counts})
         reason = "no decode engine serves; start one, or wait until it has loaded its model"
         return web.json_response({"status": "unavailable", "reason": reason, **counts}, status=503)
 
-    async def metrics(self, _request: web.Request) -> web.Response:
+    async def metrics(self, _request: web.BaseRequest) -> web.Response:
         return web.Response(
             body=self._core.telemetry.render(), headers={"Content-Type": _METRICS_TYPE}
         )
 
-    async def status(self, _request: web.Request) -> web.Response:
+    async def status(self, _request: web.BaseRequest) -> web.Response:
         await self._core.movers.fresh_loads(_STATUS_WAIT_S)
         return web.json_response(status_of(self._core))
 
-    async def pass_through(self, request: web.Request) -> web.StreamResponse:
+    async def pass_through(self, request: web.BaseRequest) -> web.StreamResponse:
         """Any other request, to a decode engine, or to a prefill engine where there is none."""
         await self._core.cluster.wait_for_decode(self._core.config.engine_wait_s)
         engine = self._engine()
@@ -86,32 +121,15 @@ class Handlers:
         prefill = self._core.cluster.usable("prefill")
         return self._core.cluster.least_loaded_decode() or next(iter(prefill), None)
 
-    async def _body(self, request: web.Request) -> bytes | AsyncIterator[bytes] | None:
+    async def _body(self, request: web.BaseRequest) -> bytes | AsyncIterator[bytes] | None:
         """The body as it comes; JSON without the parameters that are the router's to give."""
         if not request.can_read_body:
             return None
         if "json" not in request.content_type:
             return request.content.iter_any()
         raw = await request.read()
-        try:
-            body = json.loads(raw)
-        except ValueError:
-            return raw
-        if not isinstance(body, dict) or without_params(body) == body:
+        body = parse_body(raw)
+        if body is None or not forges_params(body):
             return raw
         logger.debug("%s of a client dropped", PARAMS_FIELD)
-        return to_json(without_params(body))
-
-
-@web.middleware
-async def _errors_as_json(request: web.Request, handler: _Handler) -> web.StreamResponse:
-    """The server's own errors (body too large, a bug) in the form that OpenAI's clients expect."""
-    try:
-        return await handler(request)
-    except web.HTTPException as exc:
-        return error_response(exc.status, type(exc).__name__, exc.text or exc.reason)
-    except (ConnectionError, TimeoutError):
-        raise
-    except Exception:
-        logger.exception("%s %s failed", request.method, request.path)
-        return error_response(500, "InternalServerError", "the router failed; see its log")
+        return body.encode(without_params(body))

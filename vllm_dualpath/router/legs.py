@@ -6,13 +6,12 @@ Field names are those of vLLM's request classes, in
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Mapping
 from typing import Any
 
 from vllm_dualpath.messages import LegParams
-
-JsonBody = dict[str, Any]
+from vllm_dualpath.router.body import Body, JsonBody, TokenIds
 
 PARAMS_FIELD = "kv_transfer_params"
 
@@ -54,44 +53,52 @@ _NOT_FOR_PREFILL = (
 )
 
 
-def without_params(body: Mapping[str, Any]) -> JsonBody:
-    """The client's body without ``kv_transfer_params``: those are the router's to give."""
-    cleaned = {key: value for key, value in body.items() if key != PARAMS_FIELD}
-    extra = cleaned.get("vllm_xargs")
-    if isinstance(extra, dict) and PARAMS_FIELD in extra:
-        # vLLM puts both into one dictionary.
-        cleaned["vllm_xargs"] = {k: v for k, v in extra.items() if k != PARAMS_FIELD}
-    return cleaned
+def forges_params(body: Mapping[str, Any]) -> bool:
+    """Whether the client's body has ``kv_transfer_params``: those are the router's to give."""
+    if PARAMS_FIELD in body:
+        return True
+    extra = body.get("vllm_xargs")
+    # vLLM puts both into one dictionary.
+    return isinstance(extra, dict) and PARAMS_FIELD in extra
 
 
-def prefill_leg(body: Mapping[str, Any], params: LegParams, token_ids: Sequence[int]) -> JsonBody:
+def without_params(body: Body) -> JsonBody:
+    """The client's fields without ``kv_transfer_params``."""
+    fields = body.fields()
+    if forges_params(body):
+        fields.pop(PARAMS_FIELD, None)
+        extra = body.get("vllm_xargs")
+        if isinstance(extra, dict):
+            fields["vllm_xargs"] = {k: v for k, v in extra.items() if k != PARAMS_FIELD}
+    return fields
+
+
+def prefill_leg(body: Body, params: LegParams, token_ids: TokenIds) -> bytes:
     """One token on the prefill engine; the prompt as ids, so that nothing is rendered again."""
-    leg = _leg(body, params, token_ids)
+    leg = _leg(body, params, token_ids, {})
     for name in _NOT_FOR_PREFILL:
         leg.pop(name, None)
     leg["max_tokens"] = 1
     leg["n"] = 1
-    if leg.get("tools"):
+    if body.get("tools"):
         # With tools vLLM's default is "auto", which needs a tool parser and may build a grammar.
         leg["tool_choice"] = "none"
-    return leg
+    return body.encode(leg)
 
 
-def decode_leg(body: Mapping[str, Any], params: LegParams, token_ids: Sequence[int]) -> JsonBody:
+def decode_leg(body: Body, params: LegParams, token_ids: TokenIds) -> bytes:
     """The client's request on the decode engine."""
-    leg = _leg(body, params, token_ids)
     # Without it vLLM does not tell the connector of a request that it rejects.
-    leg[PARAMS_FIELD]["do_remote_prefill"] = True
-    return leg
+    return body.encode(_leg(body, params, token_ids, {"do_remote_prefill": True}))
 
 
-def _leg(body: Mapping[str, Any], params: LegParams, token_ids: Sequence[int]) -> JsonBody:
+def _leg(body: Body, params: LegParams, token_ids: TokenIds, extra: JsonBody) -> JsonBody:
     leg = without_params(body)
-    leg[PARAMS_FIELD] = dict(params.to_params())
-    if "messages" in leg:
-        leg[PARAMS_FIELD]["prompt_token_ids"] = list(token_ids)
+    leg_params = leg[PARAMS_FIELD] = dict(params.to_params()) | extra
+    if "messages" in body:
+        leg_params["prompt_token_ids"] = token_ids.raw
     else:
-        leg["prompt"] = list(token_ids)
+        leg["prompt"] = token_ids.raw
     return leg
 
 
@@ -101,5 +108,5 @@ def leg_headers(headers: Mapping[str, str]) -> dict[str, str]:
     Two engines may share it: vLLM makes it unique within an engine by a suffix of its own.
     """
     passed = {name: headers[name] for name in _PASSED_HEADERS if name in headers}
-    passed["X-Request-Id"] = headers.get("X-Request-Id") or uuid.uuid4().hex
+    passed["X-Request-Id"] = headers.get("X-Request-Id") or secrets.token_hex(16)
     return passed

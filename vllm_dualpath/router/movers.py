@@ -1,7 +1,6 @@
 """The router's conversation with the movers: registration, heartbeats, and messages both ways.
 
-One task receives, one sends, one looks at clocks. What a mover says is checked here and acted on
-elsewhere.
+What a mover says is checked here and acted on elsewhere.
 """
 
 from __future__ import annotations
@@ -57,26 +56,17 @@ class Movers:
         """
         self._replaced: dict[bytes, str] = {}
         """Boot ids whose engine id another mover has taken."""
-        self._outbox: asyncio.Queue[tuple[bytes, bytes]] = asyncio.Queue()
         self._loads_changed = asyncio.Event()
 
     def tasks(self) -> list[asyncio.Task[None]]:
-        """Start the three loops."""
-        loops = {"receive": self._receive, "send": self._send_all, "watch": self._watch}
+        """Start the two loops."""
         return [
-            asyncio.create_task(loop(), name=f"dualpath-movers-{name}")
-            for name, loop in loops.items()
+            asyncio.create_task(self._socket.receive(self._hear), name="dualpath-movers-receive"),
+            asyncio.create_task(self._watch(), name="dualpath-movers-watch"),
         ]
 
-    async def flush(self, timeout_s: float) -> None:
-        """Give queued messages, such as ``End`` while stopping, a chance to leave."""
-        try:
-            await asyncio.wait_for(self._outbox.join(), timeout_s)
-        except TimeoutError:
-            logger.warning("stopping with %d unsent messages to movers", self._outbox.qsize())
-
     def send(self, engine: Engine, message: Message) -> None:
-        """Queue one message; order is kept, to one engine and between engines."""
+        """Send one message; order is kept, to one engine and between engines."""
         self._post(engine.boot_id, message)
 
     async def fresh_loads(self, timeout_s: float) -> None:
@@ -98,19 +88,16 @@ class Movers:
 
     # --- receiving ---
 
-    async def _receive(self) -> None:
-        while True:
-            identity, payload = await self._socket.recv()
-            try:
-                message = decode_mover_message(payload)
-                self._take(identity, message)
-            except ProtocolError as exc:
-                self._cluster.rejected_messages += 1
-                logger.warning("message from mover %s rejected: %s", identity.hex()[:12], exc)
-            except Exception:
-                # One message must not end the conversation with all movers.
-                self._cluster.rejected_messages += 1
-                logger.exception("message from mover %s failed", identity.hex()[:12])
+    def _hear(self, identity: bytes, payload: bytes) -> None:
+        try:
+            self._take(identity, decode_mover_message(payload))
+        except ProtocolError as exc:
+            self._cluster.rejected_messages += 1
+            logger.warning("message from mover %s rejected: %s", identity.hex()[:12], exc)
+        except Exception:
+            # One message must not end the conversation with all movers.
+            self._cluster.rejected_messages += 1
+            logger.exception("message from mover %s failed", identity.hex()[:12])
 
     def _take(self, identity: bytes, message: MoverMessage) -> None:
         if isinstance(message, Hello):
@@ -213,18 +200,11 @@ class Movers:
     # --- sending and watching ---
 
     def _post(self, identity: bytes, message: Message) -> None:
-        self._outbox.put_nowait((identity, encode(message)))
-
-    async def _send_all(self) -> None:
-        while True:
-            identity, payload = await self._outbox.get()
-            try:
-                await self._socket.send(identity, payload)
-            except PeerLost as exc:
-                # Its silence takes it out of the cluster; until then it may be reconnecting.
-                logger.debug("message not sent: %s", exc)
-            finally:
-                self._outbox.task_done()
+        try:
+            self._socket.send(identity, encode(message))
+        except PeerLost as exc:
+            # Its silence takes it out of the cluster; until then it may be reconnecting.
+            logger.debug("message not sent: %s", exc)
 
     async def _watch(self) -> None:
         loop = asyncio.get_running_loop()

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_dualpath.blocks import chain_hashes, chain_root, prompt_digest
+from vllm_dualpath.blocks import chain_root, hash_prompt
 from vllm_dualpath.config import RouterConfig
 from vllm_dualpath.plan import ReadPlan, Segment
 from vllm_dualpath.policy import Decision, PlanRequest, Policy, Verdict, WaitingLine
@@ -51,6 +51,7 @@ class Placer:
         self._lines: dict[PairGroup, Line[Placement]] = {}
         self._memory = PrefixMemory()
         cluster.on_room = self._wake
+        telemetry.num_waiting = lambda: sum(len(line) for line in self._lines.values())
 
     async def first(
         self, token_ids: Sequence[int], cache_salt: str | None, num_releases: int
@@ -109,27 +110,28 @@ class Placer:
     # --- waiting ---
 
     async def _in_line(self, group: PairGroup, prompt: Prompt) -> Placement | None:
-        line = self._lines.setdefault(group, Line())
+        line = self._lines.get(group)
+        if line is None:
+            line = self._lines[group] = Line()
         started_s = time.monotonic()
-        with self._telemetry.waiting.track_inprogress():
-            try:
-                return await line.place(
-                    prompt.num_tokens,
-                    lambda waiting: self._attempt(group, prompt, waiting),
-                    lambda placement: placement.booking.release(),
-                    self._config.queue_wait_s,
-                )
-            except TimeoutError:
-                logger.info(
-                    "a request waited for %.1f s: load counts no more for it", _since(started_s)
-                )
-                forced = self._attempt(group, prompt, None)
-                return None if isinstance(forced, NotNow) else forced
-            finally:
-                self._telemetry.wait_seconds.observe(_since(started_s))
-                # Another line may have taken its place meanwhile.
-                if not line and self._lines.get(group) is line:
-                    del self._lines[group]
+        try:
+            return await line.place(
+                prompt.num_tokens,
+                lambda waiting: self._attempt(group, prompt, waiting),
+                lambda placement: placement.booking.release(),
+                self._config.queue_wait_s,
+            )
+        except TimeoutError:
+            logger.info(
+                "a request waited for %.1f s: load counts no more for it", _since(started_s)
+            )
+            forced = self._attempt(group, prompt, None)
+            return None if isinstance(forced, NotNow) else forced
+        finally:
+            self._telemetry.wait_seconds.observe(_since(started_s))
+            # Another line may have taken its place meanwhile.
+            if not line and self._lines.get(group) is line:
+                del self._lines[group]
 
     def _attempt(
         self, group: PairGroup, prompt: Prompt, line: WaitingLine | None
@@ -164,8 +166,9 @@ class Placer:
             block_tokens,
             cached=[(index, num_blocks) for index, num_blocks in cached if index is not None],
         )
-        with self._telemetry.decision_seconds.time():
-            decision = self._policy.decide(view.view, request, line, ignore_load=ignore_load)
+        started_s = time.perf_counter()
+        decision = self._policy.decide(view.view, request, line, ignore_load=ignore_load)
+        self._telemetry.decision_seconds.observe(time.perf_counter() - started_s)
         if decision.verdict is Verdict.IMPOSSIBLE:
             return None
         if decision.verdict is not Verdict.PLACED:
@@ -193,8 +196,7 @@ def _prompt_for(
 ) -> Prompt:
     hello = view.hello
     root = hello.root if cache_salt is None else chain_root(hello.root, cache_salt)
-    hashes = chain_hashes(root, token_ids, hello.geometry.block_tokens)
-    digest = prompt_digest(root, token_ids)
+    hashes, digest = hash_prompt(root, token_ids, hello.geometry.block_tokens)
     return Prompt(len(token_ids), root, tuple(hashes), digest, num_releases)
 
 

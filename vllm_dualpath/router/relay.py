@@ -45,10 +45,10 @@ def error_response(status: int, kind: str, message: str) -> web.Response:
 
 
 async def relay(
-    request: web.Request, answer: Answer, cached_tokens: int | None = None
+    request: web.BaseRequest, answer: Answer, cached_tokens: int | None = None
 ) -> web.StreamResponse:
     """Pass an answer on; with ``cached_tokens`` its usage is corrected, nothing else."""
-    headers = end_to_end(answer.response.headers)
+    headers = end_to_end(answer.head.headers)
     try:
         if not answer.streamed:
             body = answer.first
@@ -61,9 +61,9 @@ async def relay(
 
 
 async def _relay_stream(
-    request: web.Request, answer: Answer, headers: dict[str, str], cached_tokens: int | None
+    request: web.BaseRequest, answer: Answer, headers: dict[str, str], cached_tokens: int | None
 ) -> web.StreamResponse:
-    is_events = answer.response.content_type == "text/event-stream"
+    is_events = answer.head.content_type == "text/event-stream"
     corrector = EventCorrector(cached_tokens) if is_events and cached_tokens is not None else None
     response = web.StreamResponse(status=answer.status, headers=headers)
     await response.prepare(request)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from vllm_dualpath import metrics
@@ -20,7 +22,9 @@ class Telemetry:
         self._rejected = self._counter(metrics.ROUTER_REJECTED_MESSAGES)
         self._queue = self._gauge(metrics.STORAGE_NIC_QUEUE_TOKENS)
         self._rate = self._gauge(metrics.STORAGE_NIC_RATE)
-        self.waiting = self._gauge(metrics.ROUTER_WAITING)
+        self._waiting = self._gauge(metrics.ROUTER_WAITING)
+        self.num_waiting: Callable[[], int] = lambda: 0
+        """Asked when the metrics are."""
         self.decision_seconds = self._histogram(metrics.ROUTER_DECISION_SECONDS)
         self.wait_seconds = self._histogram(metrics.ROUTER_WAIT_SECONDS)
         for outcome in metrics.REQUEST_OUTCOMES:
@@ -31,6 +35,7 @@ class Telemetry:
 
     def render(self) -> bytes:
         """The text of ``/metrics``."""
+        self._waiting.set(self.num_waiting())
         self._queue.clear()
         self._rate.clear()
         for engine in self._cluster.engines:

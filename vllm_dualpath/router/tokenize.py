@@ -13,8 +13,12 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from vllm_dualpath.errors import PeerLost
+from vllm_dualpath.router.body import Body, TokenIds
 from vllm_dualpath.router.engine import Engine
+from vllm_dualpath.router.legs import without_params
 from vllm_dualpath.router.upstream import Upstream
 
 logger = logging.getLogger(__name__)
@@ -42,31 +46,32 @@ class Tokenizer:
         self._upstream = upstream
 
     async def token_ids(
-        self, engine: Engine, path: str, body: Mapping[str, Any], headers: Mapping[str, str]
-    ) -> list[int] | None:
+        self, engine: Engine, path: str, body: Body, headers: Mapping[str, str]
+    ) -> TokenIds | None:
         """The prompt's ids; ``None`` when they cannot be had, or vLLM refuses the request.
 
         In both cases the engine shall handle the request alone: its refusal is the client's answer.
         """
         prompt = body.get("prompt")
         if isinstance(prompt, list) and body.get("truncate_prompt_tokens") is None:
-            return prompt
+            return body.token_ids()
         if engine.renders:
-            status, content = await self._post(engine, f"{path}/render", body, headers)
+            whole = body.encode(without_params(body))
+            status, content = await self._post(engine, f"{path}/render", whole, headers)
             if status not in _NO_RENDER_STATUSES:
                 return rendered_ids(content) if status == 200 else None
             engine.renders = False
         request = tokenize_request(body, engine.hello.model)
         if request is None:
             return None
-        status, content = await self._post(engine, "/tokenize", request, headers)
+        status, content = await self._post(engine, "/tokenize", body.encode(request), headers)
         return tokenized_ids(content) if status == 200 else None
 
     async def _post(
-        self, engine: Engine, path: str, body: Mapping[str, Any], headers: Mapping[str, str]
+        self, engine: Engine, path: str, data: bytes, headers: Mapping[str, str]
     ) -> tuple[int, bytes]:
         try:
-            status, _, content = await self._upstream.fetch_soon(engine, path, headers, body)
+            status, _, content = await self._upstream.fetch_soon(engine, path, headers, data)
         except PeerLost as exc:
             logger.warning("%s", exc)
             return 503, b""
@@ -100,31 +105,38 @@ def tokenize_request(body: Mapping[str, Any], model: str) -> dict[str, Any] | No
     return request | ({"chat_template_kwargs": kwargs} if kwargs else {})
 
 
-def rendered_ids(content: bytes) -> list[int] | None:
+class _Rendered(msgspec.Struct):
+    token_ids: msgspec.Raw
+    features: Any = None
+
+
+class _Tokenized(msgspec.Struct):
+    tokens: msgspec.Raw
+
+
+_RENDERED = msgspec.json.Decoder(list[_Rendered] | _Rendered)
+_TOKENIZED = msgspec.json.Decoder(_Tokenized)
+
+
+def rendered_ids(content: bytes) -> TokenIds | None:
     """Ids of the only rendered prompt; a chat's is an object, a completion's a list of one."""
     try:
-        rendered = json.loads(content)
+        rendered = _RENDERED.decode(content)
         if isinstance(rendered, list):
             (rendered,) = rendered
-        return None if rendered.get("features") else _ids(rendered["token_ids"])
-    except (ValueError, KeyError, AttributeError):
+        return None if rendered.features else TokenIds.decode(rendered.token_ids)
+    except (ValueError, msgspec.MsgspecError):
         logger.warning("an engine's rendered prompt has an unknown form")
         return None
 
 
-def tokenized_ids(content: bytes) -> list[int] | None:
+def tokenized_ids(content: bytes) -> TokenIds | None:
     """Ids in an answer of ``/tokenize``."""
     try:
-        return _ids(json.loads(content)["tokens"])
-    except (ValueError, KeyError, TypeError):
+        return TokenIds.decode(_TOKENIZED.decode(content).tokens)
+    except msgspec.MsgspecError:
         logger.warning("an engine's tokenized prompt has an unknown form")
         return None
-
-
-def _ids(value: object) -> list[int] | None:
-    if isinstance(value, list) and value and all(type(token) is int for token in value):
-        return value
-    return None
 
 
 def _picked(body: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

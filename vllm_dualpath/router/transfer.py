@@ -6,7 +6,6 @@ Fed with movers' messages, talks through ``send``. No sockets, no HTTP, no other
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -115,12 +114,14 @@ class Transfer:
         """Whether an engine may know of this attempt."""
         self._send = send
         self._deadlines = deadlines
+        self._shortest_idle_s = _IDLE_FACTOR * min(deadlines.reserve_s, deadlines.stage_s)
         self._clock = loop.time
         self._state_since_s = self.opened_s
         self._last_message_s = self.opened_s
         self._decode_slots: tuple[int, ...] = ()
         self._staged = False
-        self._changed = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
+        self._on_failure: Callable[[], object] | None = None
         self._cut_by: set[bytes] = set()
         """Boot ids of those who have to confirm a cut before the prefill side hears of it."""
         self._open_parts = {each.boot_id: each for each in self.movers}
@@ -146,7 +147,8 @@ class Transfer:
             if idle_s <= 0:
                 self.fail(f"{_STALLED} {self.state.value}", self._suspect())
                 break
-            await self._wait_for_change(idle_s)
+            # Not longer: another state may have begun meanwhile, of a shorter deadline.
+            await self._wait_for_change(min(idle_s, self._shortest_idle_s))
         return self.failure is None
 
     async def wait_committed(self) -> bool:
@@ -166,10 +168,11 @@ class Transfer:
             await self._wait_for_change(left_s)
         return self.state is State.COMMITTED
 
-    async def wait_failed(self) -> None:
-        """Return when the attempt has failed; for racing against a leg."""
-        while self.failure is None:
-            await self._wait_for_change(None)
+    def when_failed(self, call: Callable[[], object] | None) -> None:
+        """Call this once, when the attempt has failed; ``None``: nothing any more."""
+        self._on_failure = call
+        if call is not None and self.failure is not None:
+            call()
 
     def fail(self, reason: str, engine_id: str = "") -> None:
         """The attempt is over; whoever waits wakes up. The caller of ``start`` ends it."""
@@ -180,6 +183,8 @@ class Transfer:
             donor.shun(self._clock() + _SHUN_S)
         logger.info("transfer %s: failed while %s: %s", self.key, self.state.value, reason)
         self._enter(State.FAILED)
+        if self._on_failure is not None:
+            self._on_failure()
 
     def end_prefill(self, *, drain: bool, reason: str) -> None:
         self._end(self.prefill, drain, reason)
@@ -227,7 +232,6 @@ class Transfer:
                 self.fail(message.reason, sender.engine_id)
         elif self.failure is None:
             self._advance(sender, message)
-        self._changed.set()
 
     def engine_lost(self, engine: Engine) -> None:
         """The mover is gone: nothing can be asked of it, and its slots with it."""
@@ -237,7 +241,7 @@ class Transfer:
         self._open_parts.pop(engine.boot_id, None)
         if self._needs(engine):
             self.fail(PEER_LOST, engine.engine_id)
-        self._changed.set()
+        self._wake()
 
     def _advance(self, sender: Engine, message: Message) -> None:
         from_decode, from_prefill = sender is self.decode, sender is self.prefill
@@ -295,6 +299,7 @@ class Transfer:
 
     def _on_ended(self, sender: Engine) -> None:
         self._unended.pop(sender.boot_id, None)
+        self._wake()
         if sender.boot_id not in self._open_parts:
             return
         if sender in self.donors:
@@ -348,14 +353,23 @@ class Transfer:
     def _enter(self, state: State) -> None:
         self.state = state
         self._state_since_s = self._clock()
-        self._changed.set()
+        if state not in _BEFORE_READY:
+            self._wake()
 
-    async def _wait_for_change(self, timeout_s: float | None) -> None:
-        self._changed.clear()
-        # Not wait_for: until Python 3.12 it forgets a cancellation that meets a change.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._changed.wait()
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    async def _wait_for_change(self, timeout_s: float) -> None:
+        """Until something that a waiter looks for may have happened; one waits at a time."""
+        loop = asyncio.get_running_loop()
+        self._waiter = loop.create_future()
+        timer = loop.call_later(timeout_s, self._wake)
+        try:
+            await self._waiter
+        finally:
+            timer.cancel()
 
     def _idle_left_s(self) -> float:
         """Seconds until this attempt counts as stalled; progress of its readers puts it off."""

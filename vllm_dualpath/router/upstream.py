@@ -6,24 +6,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import aiohttp
-from yarl import URL
 
 from vllm_dualpath.errors import PeerLost
 from vllm_dualpath.router.cluster import Cluster
+from vllm_dualpath.router.connections import Connection, Head, Pool, origin_of
 from vllm_dualpath.router.engine import Engine
 
 logger = logging.getLogger(__name__)
 
-_CONNECT_S = 5.0
-_KEEPALIVE_S = 2.0
-"""Shorter than the 5 s of vLLM's server: none is reused just while the server closes it."""
 _PROBE_S = 5.0
 _ANSWER_S = 10.0
 """Engines tokenize the longest prompts within seconds."""
@@ -35,28 +28,30 @@ class Answer:
     """An engine's answer: the whole body, or its first bytes and the rest to come."""
 
     engine: Engine
-    response: aiohttp.ClientResponse
+    connection: Connection
+    head: Head
     first: bytes
-    streamed: bool
+
+    @property
+    def streamed(self) -> bool:
+        return self.head.length is None
 
     @property
     def status(self) -> int:
-        return self.response.status
+        return self.head.status
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body as it arrives. Raises ``PeerLost`` when it breaks off."""
         yield self.first
-        if not self.streamed:
-            return
         try:
-            async for chunk in self.response.content.iter_any():
+            while self.streamed and (chunk := await self.connection.read()):
                 yield chunk
-        except (aiohttp.ClientError, ConnectionError) as exc:
+        except ConnectionError as exc:
             raise PeerLost(f"{self.engine.engine_id}: the answer broke off: {exc}") from exc
 
     def close(self) -> None:
         """Give the connection back, or close it when the body was not read to its end."""
-        self.response.close() if not self.response.content.at_eof() else self.response.release()
+        self.connection.release()
 
 
 class Upstream:
@@ -64,16 +59,10 @@ class Upstream:
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
-            auto_decompress=False,
-            skip_auto_headers=("User-Agent", "Accept-Encoding", "Accept"),
-            cookie_jar=aiohttp.DummyCookieJar(),
-        )
+        self._pool = Pool()
 
-    async def close(self) -> None:
-        await self._session.close()
+    def close(self) -> None:
+        self._pool.close()
 
     async def ask(
         self,
@@ -88,48 +77,50 @@ class Upstream:
         Cancelling closes the connection, which makes vLLM abort the request.
         """
         try:
-            response = await self._session.request(
-                method,
-                _url(engine, path),
-                headers=headers,
-                data=data,
-                allow_redirects=False,
-            )
-        except (TimeoutError, aiohttp.ClientError, ConnectionError) as exc:
+            return await self._ask(engine, method, path, headers, data)
+        except OSError as exc:
             self._doubt(engine)
             raise PeerLost(f"{engine.engine_id}: no answer to {method} {path}: {exc!r}") from exc
+
+    async def _ask(
+        self,
+        engine: Engine,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        data: bytes | AsyncIterator[bytes] | None,
+    ) -> Answer:
+        connection = await self._pool.connection(origin_of(engine.hello.url))
         try:
-            streamed = response.content_length is None
-            first = await (response.content.readany() if streamed else response.content.read())
-        except (aiohttp.ClientError, ConnectionError) as exc:
-            response.close()
-            self._doubt(engine)
-            raise PeerLost(f"{engine.engine_id}: the answer broke off: {exc!r}") from exc
+            head = await connection.ask(method, path, headers, data)
+            read = connection.read if head.length is None else connection.read_all
+            return Answer(engine, connection, head, await read())
         except BaseException:
-            response.close()
+            connection.close()
             raise
-        return Answer(engine, response, first, streamed)
 
     async def fetch_soon(
-        self, engine: Engine, path: str, headers: Mapping[str, str], body: Mapping[str, Any] | None
+        self, engine: Engine, path: str, headers: Mapping[str, str], data: bytes | None
     ) -> tuple[int, str, bytes]:
         """As ``fetch``, for what takes no generation: an engine that is silent is a lost one."""
         try:
-            return await asyncio.wait_for(self.fetch(engine, path, headers, body), _ANSWER_S)
+            async with asyncio.timeout(_ANSWER_S):
+                return await self.fetch(engine, path, headers, data)
         except TimeoutError as exc:
             self._doubt(engine)
             raise PeerLost(f"{engine.engine_id}: no answer to {path} in {_ANSWER_S:.0f} s") from exc
 
     async def fetch(
-        self, engine: Engine, path: str, headers: Mapping[str, str], body: Mapping[str, Any] | None
+        self, engine: Engine, path: str, headers: Mapping[str, str], data: bytes | None
     ) -> tuple[int, str, bytes]:
-        """Ask for JSON; return (status, content type, whole body). ``body`` None is a GET."""
-        method = "GET" if body is None else "POST"
-        data = None if body is None else to_json(body)
+        """Ask for JSON; return (status, content type, whole body). ``data`` None is a GET."""
+        method = "GET" if data is None else "POST"
         answer = await self.ask(engine, method, path, {**headers, **JSON_HEADERS}, data)
         try:
-            content = b"".join([chunk async for chunk in answer.chunks()])
-            return answer.status, answer.response.content_type, content
+            content = answer.first
+            if answer.streamed:
+                content = b"".join([chunk async for chunk in answer.chunks()])
+            return answer.status, answer.head.content_type, content
         finally:
             answer.close()
 
@@ -151,25 +142,15 @@ class Upstream:
 
     async def _probe(self, engine: Engine) -> bool:
         try:
-            async with self._session.get(
-                _url(engine, "/health"), timeout=aiohttp.ClientTimeout(total=_PROBE_S)
-            ) as response:
-                self._cluster.set_serving(engine, response.status == 200)
-        except (TimeoutError, aiohttp.ClientError, ConnectionError, ValueError) as exc:
+            async with asyncio.timeout(_PROBE_S):
+                answer = await self._ask(engine, "GET", "/health", {}, None)
+            answer.close()
+            self._cluster.set_serving(engine, answer.status == 200)
+        except OSError as exc:
             logger.debug("engine %s does not serve yet: %r", engine.engine_id, exc)
         if engine.serving:
             logger.info("engine %s serves at %s", engine.engine_id, engine.hello.url)
         return engine.serving
 
 
-def _url(engine: Engine, path: str) -> URL:
-    """``path`` is passed on as the client encoded it."""
-    return URL(engine.hello.url.rstrip("/") + path, encoded=True)
-
-
 JSON_HEADERS = {"Content-Type": "application/json"}
-
-
-def to_json(body: Mapping[str, Any]) -> bytes:
-    """A body for an engine."""
-    return json.dumps(body, separators=(",", ":")).encode()

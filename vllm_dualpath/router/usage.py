@@ -6,8 +6,9 @@ was not computed anywhere. Only the digits are replaced; every other byte passes
 
 from __future__ import annotations
 
-import json
 import re
+
+import msgspec
 
 # In JSON text a quote inside a string is escaped, so this matches keys only.
 _CACHED = re.compile(rb'("prompt_tokens_details":\s*\{[^{}]*?"cached_tokens":\s*)(\d+)')
@@ -16,16 +17,33 @@ _EVENT_END = re.compile(rb"\r?\n\r?\n")
 
 def correct_cached_tokens(body: bytes, cached_tokens: int) -> bytes:
     """Replace the count where vLLM itself put the field."""
-    return _CACHED.sub(rb"\g<1>%d" % cached_tokens, body)
+    digits = b"%d" % cached_tokens
+    return _CACHED.sub(lambda found: found[1] + digits, body)
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens_details: _Details | None = None
+
+
+class _Answer(msgspec.Struct):
+    usage: _Usage | None = None
+
+
+_ANSWERS = msgspec.json.Decoder(_Answer)
 
 
 def reported_cached_tokens(body: bytes) -> int:
     """What an answer that is not streamed reports; 0 where it says nothing."""
     try:
-        details = json.loads(body)["usage"]["prompt_tokens_details"]
-        return int(details["cached_tokens"] or 0)
-    except (ValueError, KeyError, TypeError):
+        usage = _ANSWERS.decode(body).usage
+    except (msgspec.MsgspecError, UnicodeDecodeError):
         return 0
+    details = None if usage is None else usage.prompt_tokens_details
+    return 0 if details is None else details.cached_tokens or 0
 
 
 class EventCorrector:
