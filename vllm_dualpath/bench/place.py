@@ -18,6 +18,8 @@ class Place:
     """What its commands begin with to run there."""
     extra_config: Mapping[str, object] = field(default_factory=dict)
     """What an engine there has in its ``kv_connector_extra_config`` besides."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    """What an engine there has in its environment besides."""
 
 
 LOOPBACK = Place()

@@ -80,7 +80,8 @@ class VllmServer:
         )
         command = [*place.prefix, *command]
         log_path = log_dir / f"{name}.log"
-        self.process = ManagedProcess(name, command, log_path, guard, server_env(model, device))
+        env = {**server_env(model, device), **place.env}
+        self.process = ManagedProcess(name, command, log_path, guard, env)
 
     @property
     def ready(self) -> bool:

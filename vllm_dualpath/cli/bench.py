@@ -20,8 +20,10 @@ from vllm_dualpath.bench.policy import policy_table, time_policies
 from vllm_dualpath.bench.policy import to_json as to_policy_json
 from vllm_dualpath.bench.replay import ReplayPlan, ReplayResult, TokenRange
 from vllm_dualpath.bench.report import latency_table, replay_with_progress
+from vllm_dualpath.cli import bench_cluster
 
 app = typer.Typer(help="Measure a server, or the data mover on this machine.", no_args_is_help=True)
+app.command("cluster")(bench_cluster.cluster)
 
 
 @app.command()

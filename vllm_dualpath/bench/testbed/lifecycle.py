@@ -53,8 +53,9 @@ def up(spec: TestbedSpec) -> None:
 def down(name: str) -> list[str]:
     """Remove all of a testbed, also what a crash left of one; a line for each thing removed.
 
-    Nothing here relies on what was written down: namespaces and mounts are found by name, processes
-    by the namespace they run in. May be repeated. Raises ``LaunchError`` for what cannot be removed.
+    Nothing here relies on what was written down: namespaces and mounts are found by name,
+    processes by the namespace they run in. May be repeated. Raises ``LaunchError`` for what cannot
+    be removed.
     """
     check_name(name)
     check_requirements()
@@ -90,7 +91,8 @@ def mounts(name: str) -> list[Path]:
 
 def _end_processes(spaces: list[str], *, storage: bool) -> list[str]:
     """Terminate, and kill after a while: engines and others first, the storage's own last."""
-    removed, signum = [], signal.SIGTERM
+    removed: list[str] = []
+    signum = signal.SIGTERM
     start_s = time.monotonic()
     while pids := _pids(spaces, storage=storage):
         waited_s = time.monotonic() - start_s
