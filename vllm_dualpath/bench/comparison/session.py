@@ -84,12 +84,13 @@ class Session:
         self._say = say
         self._stack = ExitStack()
         self._stored = StoredBlocks(mount_point(testbed, "prefill-0"))
-        self._cluster = LocalCluster(self._cluster_spec(model, log_dir))
+        self._model = model
+        self._log_dir = log_dir
 
-    def _cluster_spec(self, model: Path, log_dir: Path) -> ClusterSpec:
+    def _cluster_spec(self) -> ClusterSpec:
         env = engine_env(self._plan)
         return ClusterSpec(
-            model,
+            self._model,
             store_uri(self.spec),
             num_prefill=self.topology.num_prefill,
             num_decode=self.topology.num_decode,
@@ -100,7 +101,7 @@ class Session:
                 "block_tokens": BLOCK_TOKENS,
                 "staging_bytes": self._plan.staging_bytes,
             },
-            log_dir=log_dir / str(self.topology),
+            log_dir=self._log_dir / str(self.topology),
             places={name: replace(at, env=env) for name, at in places(self.spec).items()},
         )
 
@@ -123,6 +124,7 @@ class Session:
         self._stack.callback(self._counters.close)
         # Router and client are on the head's node.
         self._stack.enter_context(entered(self.spec.head.namespace))
+        self._cluster = LocalCluster(self._cluster_spec())
         self._stack.enter_context(self._cluster)
         self._say(f"{self.topology}: contexts of {self._plan.agents} agents, not shaped yet")
         asyncio.run(self._store_contexts())

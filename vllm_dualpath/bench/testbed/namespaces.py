@@ -39,7 +39,7 @@ def inside(namespace: str, call: Callable[[], _T]) -> _T:
 
 @contextmanager
 def entered(namespace: str) -> Iterator[None]:
-    """Inside, the calling thread is in ``namespace``, and so are threads and processes it starts."""
+    """Inside, the calling thread is in ``namespace``, so are threads and processes it starts."""
     own = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
     try:
         _enter(NETNS_ROOT / namespace)
