@@ -46,7 +46,8 @@ def engine_args(plan: ComparisonPlan) -> tuple[str, ...]:
     """Arguments of vLLM, the same for every engine and the reference."""
     caching = "--enable-prefix-caching" if plan.prefix_caching else "--no-enable-prefix-caching"
     return (
-        *("--dtype", plan.model.dtype, "--max-model-len", str(plan.model.max_len)),
+        *("--dtype", plan.model.dtype, "--max-model-len", str(plan.longest + 1)),
+        *("--block-size", str(BLOCK_TOKENS)),
         *("--max-num-batched-tokens", str(_PREFILL_TOKENS_A_STEP), caching),
     )
 
