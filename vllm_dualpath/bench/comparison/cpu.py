@@ -11,7 +11,8 @@ from vllm_dualpath.bench.testbed.network import namespaces, processes_in
 _TICKS_S = 1 / os.sysconf("SC_CLK_TCK")
 _KINDS = (
     ("movers", "vllm_dualpath.mover"),
-    ("engines", "vllm.entrypoints"),
+    ("engines", "VLLM::"),
+    ("engines' servers", "vllm.entrypoints"),
     ("router", "vllm_dualpath.cli"),
     ("storage server", "glusterfsd"),
     ("storage clients", "glusterfs"),

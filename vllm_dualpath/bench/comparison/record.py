@@ -129,7 +129,7 @@ def regime(plan: ComparisonPlan, found: TopologyResult) -> dict[str, float | Non
     base = found.of(BASE_MODE)
     uses = [RunUse(run, found.spec) for run in found.runs]
     base_uses = [RunUse(run, found.spec) for run in base]
-    recompute_s = statistics.median(found.recompute_ttft_s)
+    recompute_s = median(found.recompute_ttft_s)
     hit_s = median(time for run in base for time in run.alone_ttft_s)
     num_nics = found.topology.num_prefill + found.topology.num_decode
     rate = found.spec.storage_rate
@@ -143,7 +143,7 @@ def regime(plan: ComparisonPlan, found: TopologyResult) -> dict[str, float | Non
         ),
         "recompute_ttft_s": recompute_s,
         "hit_ttft_s": hit_s,
-        "recompute_over_hit": recompute_s / hit_s if hit_s else None,
+        "recompute_over_hit": recompute_s / hit_s if recompute_s and hit_s else None,
         "sum_of_storage_nics_bytes_per_s": rate * num_nics / 8 if rate else None,
         "unshaped_read_bytes_per_s": found.unshaped_read_bytes_per_s,
         # 1 or more: each byte of a hit crossed some storage NIC.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from vllm_dualpath.bench.replay import ReplayPlan, TokenRange
@@ -138,6 +138,11 @@ class ComparisonPlan:
             seed=self.seed,
             arrivals_s=arrivals_s,
         )
+
+    def unseen_context(self) -> tuple[int, ...]:
+        """As long as the agents', and like none of theirs."""
+        plan = replace(self.replay_plan(), seed=self.seed + 1)
+        return tuple(plan.appends(0)[0][: self.context])
 
     def contexts(self) -> list[tuple[int, ...]]:
         """What the store holds of each agent before a run."""
