@@ -64,10 +64,26 @@ install_baselines() {
       say "note: NIXL could not be installed; \`bench mover\` goes without it"
   fi
   if ! command -v fio >/dev/null; then
-    { [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null &&
-      DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes fio >&2; } ||
-      say "note: fio could not be installed; \`bench mover\` measures storage without it"
+    apt_install fio || say "note: fio could not be installed; \`bench mover\` measures storage without it"
   fi
+}
+
+# What `testbed` and `bench cluster` need; their tests are skipped without.
+install_testbed() {
+  local program
+  for program in ip tc glusterd glusterfs; do
+    command -v "$program" >/dev/null && continue
+    apt_install iproute2 glusterfs-server glusterfs-client ||
+      say "note: GlusterFS could not be installed; tests of the testbed are skipped"
+    return
+  done
+}
+
+# Fails where this is no Debian, not root, or the package cannot be had.
+apt_install() {
+  [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null || return 1
+  DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes "$@" >&2 && return
+  apt-get update --quiet >&2 && DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes "$@" >&2
 }
 
 # Everything that decides what is installed; the tree's path, because the build lies in the tree.
@@ -120,6 +136,6 @@ say "building the package from $root"
 # Not isolated: an isolated build downloads its tools each time and compiles every file anew.
 pip install --quiet 'setuptools>=77' wheel 'pybind11>=2.13' 'libucx-cu12>=1.17'
 pip install --quiet --no-build-isolation --editable "$root${extra:+[$extra]}"
-[[ $extra == dev ]] && install_baselines
+[[ $extra == dev ]] && { install_baselines; install_testbed; }
 echo "$want" >"$venv/.dualpath-${extra:-plain}"
 echo "$python"

@@ -8,12 +8,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from vllm_dualpath.bench.place import LOOPBACK, Place
 from vllm_dualpath.bench.processes import ManagedProcess, ProcessGuard, stop_all
 from vllm_dualpath.bench.servers import (
     START_TIMEOUT_S,
@@ -23,10 +24,12 @@ from vllm_dualpath.bench.servers import (
     pause,
     require_alive,
 )
-from vllm_dualpath.bench.vllm_command import HOST, free_ports
+from vllm_dualpath.bench.vllm_command import free_ports
 from vllm_dualpath.config import Mode
 from vllm_dualpath.errors import ConfigError, LaunchError
 from vllm_dualpath.storage.posix import root_of
+
+ROUTER = "router"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,8 @@ class ClusterSpec:
     extra_config: Mapping[str, object] = field(default_factory=dict)
     log_dir: Path | None = None
     start_timeout_s: float = START_TIMEOUT_S
+    places: Mapping[str, Place] = field(default_factory=dict)
+    """Where the router (``ROUTER``) and the engines run, by name; this host where not given."""
 
     def __post_init__(self) -> None:
         if self.num_prefill < 1 or self.num_decode < 1:
@@ -57,6 +62,10 @@ class ClusterSpec:
         """Name and role of each engine."""
         prefill = [(f"prefill-{idx}", "prefill") for idx in range(self.num_prefill)]
         return prefill + [(f"decode-{idx}", "decode") for idx in range(self.num_decode)]
+
+    def place(self, name: str) -> Place:
+        """Where an engine or the router runs."""
+        return self.places.get(name, LOOPBACK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,30 +100,42 @@ class LocalCluster:
         roles = spec.roles()
         http, control, *ports = free_ports(2 + len(roles))
         self._http_port = spec.port or http
-        self._control = f"tcp://{HOST}:{control}"
-        self.url = f"http://{HOST}:{self._http_port}"
+        self._router_host = spec.place(ROUTER).host
+        self._control = f"tcp://{self._router_host}:{control}"
+        self.url = f"http://{self._router_host}:{self._http_port}"
         self._guard = ProcessGuard()
-        self.router = ManagedProcess(
-            "router", self._router_command(), self.log_dir / "router.log", self._guard
-        )
+        self.router = self._make_router(spec.mode, spec.router_args)
         self.engines = [
             Engine(name, role, self._server(idx, name, role, ports[idx]))
             for idx, (name, role) in enumerate(roles)
         ]
 
-    def _router_command(self) -> list[str]:
-        command = [sys.executable, "-m", "vllm_dualpath.cli", "router"]
-        command += ["--listen", f"{HOST}:{self._http_port}", "--control", self._control]
-        return [*command, "--mode", self.spec.mode, *self.spec.router_args]
+    def _make_router(self, mode: Mode, arguments: Sequence[str]) -> ManagedProcess:
+        command = [*self.spec.place(ROUTER).prefix, sys.executable, "-m", "vllm_dualpath.cli"]
+        command += ["router", "--listen", f"{self._router_host}:{self._http_port}"]
+        command += ["--control", self._control, "--mode", mode, *arguments]
+        return ManagedProcess(ROUTER, command, self.log_dir / "router.log", self._guard)
+
+    def restart_router(self, mode: Mode, arguments: Sequence[str] = ()) -> None:
+        """Put a router with another mode in the place of this one; engines stay as they are.
+
+        Waits until it lists all of them: a new router knows of the store what is in it now.
+        """
+        self.router.stop()
+        self.router = self._make_router(mode, (*self.spec.router_args, *arguments))
+        self.router.start()
+        self.wait_ready()
 
     def _server(self, idx: int, name: str, role: str, port: int) -> VllmServer:
+        place = self.spec.place(name)
         extra_config = {
             "role": role,
             "store": self.spec.store,
             "router": self._control,
             "name": name,
-            "url": f"http://{HOST}:{port}",
+            "url": f"http://{place.host}:{port}",
             **self.spec.extra_config,
+            **place.extra_config,
         }
         return VllmServer(
             name,
@@ -126,6 +147,7 @@ class LocalCluster:
             engine_args=self.spec.engine_args,
             engine_idx=idx,
             num_engines=self.spec.num_prefill + self.spec.num_decode,
+            place=place,
         )
 
     @property

@@ -60,12 +60,19 @@ class ReplayPlan:
     """Pause between an answer and the agent's next turn."""
     lockstep: bool = False
     """All agents start a turn together: load on the storage queues that does not depend on luck."""
+    arrivals_s: tuple[float, ...] = ()
+    """When each agent comes; all at once if not given."""
 
     def __post_init__(self) -> None:
         if min(self.agents, self.turns, self.generate) < 1 or self.think_time_s < 0:
             raise ConfigError(
                 "replay: agents, turns and generate must be at least 1, think-time not negative;"
                 f" found {self.agents}, {self.turns}, {self.generate}, {self.think_time_s}"
+            )
+        if self.arrivals_s and (self.lockstep or len(self.arrivals_s) != self.agents):
+            raise ConfigError(
+                f"replay: expected a time of arrival for each of {self.agents} agents and no"
+                f" lockstep, found {len(self.arrivals_s)}"
             )
 
     def appends(self, agent: int) -> list[list[int]]:
@@ -215,6 +222,8 @@ class _Agent:
         self._failed = False
 
     async def take_all_turns(self) -> None:
+        if self._run.plan.arrivals_s:
+            await asyncio.sleep(self._run.plan.arrivals_s[self._idx])
         for turn in range(len(self._appends)):
             await self.take_turn(turn)
 

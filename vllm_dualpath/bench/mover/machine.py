@@ -19,7 +19,7 @@ def describe_machine(directory: Path, cores: tuple[int, int] | None) -> dict[str
     ucx = native.ucx_report()
     return {
         "version": __version__,
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cpus": len(os.sched_getaffinity(0)),
         "kernel": platform.release(),
         "python": platform.python_version(),
@@ -44,7 +44,8 @@ def steal_share(before: list[int], after: list[int]) -> float:
     return passed[_STEAL_FIELD - 1] / max(1, sum(passed[:_STEAL_FIELD]))
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """As the kernel names it."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

@@ -1,0 +1,1 @@
+"""Read modes beside each other on one shaped testbed: the same agents, interleaved, measured."""

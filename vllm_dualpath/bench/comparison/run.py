@@ -1,0 +1,97 @@
+"""A whole comparison: the reference, then each topology's modes in turn, repeat by repeat."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vllm_dualpath.bench.comparison.measures import Run
+from vllm_dualpath.bench.comparison.online import Limits, RateRange, search
+from vllm_dualpath.bench.comparison.record import Comparison, TopologyResult, plan_json
+from vllm_dualpath.bench.comparison.reference import run_reference
+from vllm_dualpath.bench.comparison.session import Say, Session
+from vllm_dualpath.bench.comparison.settings import CompareMode, ComparisonPlan, Topology
+from vllm_dualpath.bench.tiny_model import write_tiny_model
+from vllm_dualpath.config import Mode
+
+Around = Callable[[], AbstractContextManager[object]]
+
+
+def compare(
+    plan: ComparisonPlan, log_dir: Path, say: Say, around_run: Around = nullcontext
+) -> Comparison:
+    """Run all of ``plan``. ``around_run`` is entered around every measured run.
+
+    Raises ``ConfigError`` before anything is started, ``LaunchError`` for what does not work.
+    """
+    with tempfile.TemporaryDirectory(prefix="vllm-dualpath-model-") as name:
+        model = Path(name)
+        write_tiny_model(plan.model, model)
+        reference = None
+        if "oracle" in plan.modes:
+            say("oracle and reference: one plain vLLM")
+            reference = run_reference(plan, model, log_dir)
+        found = tuple(
+            compare_on(plan, topology, model, log_dir, say, around_run)
+            for topology in plan.topologies
+        )
+    return Comparison(plan, reference, found)
+
+
+def compare_on(
+    plan: ComparisonPlan,
+    topology: Topology,
+    model: Path,
+    log_dir: Path,
+    say: Say,
+    around_run: Around = nullcontext,
+) -> TopologyResult:
+    """All modes on one topology, interleaved."""
+    with Session(plan, topology, model, log_dir, say) as session:
+        runs: list[Run] = []
+        for repeat in range(plan.repeats):
+            for mode in order(plan.modes, repeat):
+                with around_run():
+                    run = session.run(mode, repeat)
+                runs.append(run)
+                say(f"{topology} {mode}, repeat {repeat}: JCT {run.result.jct_s:.1f} s")
+        return TopologyResult(
+            topology,
+            session.spec,
+            tuple(sorted(runs, key=lambda run: (plan.modes.index(run.mode), run.repeat))),
+            tuple(session.recompute_ttft_s),
+            session.unshaped_read_bytes_per_s,
+        )
+
+
+def search_rates(
+    plan: ComparisonPlan, rates: RateRange, limits: Limits, log_dir: Path, say: Say
+) -> dict[str, Any]:
+    """The highest rate of agents within ``limits``, for each topology and mode."""
+    details = {}
+    with tempfile.TemporaryDirectory(prefix="vllm-dualpath-model-") as name:
+        write_tiny_model(plan.model, Path(name))
+        for topology in plan.topologies:
+            with Session(plan, topology, Path(name), log_dir, say) as session:
+                modes = tuple(order(plan.modes, 0))
+                details[str(topology)] = search(session, plan, modes, rates, limits, say)
+    highest = {
+        topology: {mode: found["highest_agents_per_s"] for mode, found in modes.items()}
+        for topology, modes in details.items()
+    }
+    return {
+        "highest_agents_per_s": highest,
+        "limits": asdict(limits),
+        "runs": details,
+        "plan": plan_json(plan),
+    }
+
+
+def order(modes: tuple[CompareMode, ...], repeat: int) -> list[Mode]:
+    """The modes of one repeat: forwards and backwards in turn, so that drift hits all alike."""
+    cluster_modes = [mode for mode in modes if mode != "oracle"]
+    return cluster_modes if repeat % 2 == 0 else cluster_modes[::-1]

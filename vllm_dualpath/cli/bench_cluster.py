@@ -1,0 +1,117 @@
+"""``vllm-dualpath bench cluster``: read modes beside each other on a shaped testbed."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from vllm_dualpath.bench.comparison.online import Limits, RateRange
+from vllm_dualpath.bench.comparison.page import comparison_page, comparison_table
+from vllm_dualpath.bench.comparison.record import comparison_json
+from vllm_dualpath.bench.comparison.run import compare, search_rates
+from vllm_dualpath.bench.comparison.session import Say
+from vllm_dualpath.bench.comparison.settings import ComparisonPlan, Topology, parse_modes
+from vllm_dualpath.bench.replay import TokenRange
+from vllm_dualpath.bench.testbed.commands import check_requirements
+from vllm_dualpath.bench.testbed.layout import parse_rate
+from vllm_dualpath.errors import ConfigError
+
+_DEFAULT = ComparisonPlan()
+
+
+def cluster(
+    topology: Annotated[str, typer.Option(help="Nodes, one after the other: 1P1D,1P2D.")] = "1P1D",
+    modes: Annotated[
+        str, typer.Option(help="Who reads: prefill_only,dual,split,pool; and oracle.")
+    ] = "prefill_only,dual,split,oracle",
+    repeats: Annotated[int, typer.Option(help="Runs of each mode, interleaved.")] = 3,
+    agents: Annotated[int, typer.Option(help="Agents.")] = _DEFAULT.agents,
+    turns: Annotated[int, typer.Option(help="Turns of each agent.")] = _DEFAULT.turns,
+    context: Annotated[
+        int, typer.Option(help="Tokens of each agent that are stored before the first turn.")
+    ] = _DEFAULT.context,
+    append: Annotated[str, typer.Option(help="Tokens each turn adds: N or LOW-HIGH.")] = "30-50",
+    generate: Annotated[int, typer.Option(help="Tokens each answer has.")] = _DEFAULT.generate,
+    alone: Annotated[
+        int, typer.Option(help="Requests on the idle cluster before each run.")
+    ] = _DEFAULT.num_alone,
+    storage_nic: Annotated[str, typer.Option(help="Rate of each storage NIC.")] = "400mbit",
+    compute_nic: Annotated[str, typer.Option(help="Rate of each compute NIC.")] = "1600mbit",
+    prefix_caching: Annotated[
+        bool, typer.Option("--prefix-caching", help="With vLLM's own prefix caching on.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same agents.")] = 0,
+    arrivals: Annotated[
+        str, typer.Option(help="offline: all agents at once. poisson: find the highest rate.")
+    ] = "offline",
+    rate: Annotated[
+        str, typer.Option(help="With poisson: agents a second, LOW-HIGH to search.")
+    ] = "0.02-0.5",
+    ttft_limit: Annotated[
+        float, typer.Option(help="With poisson: seconds for nine in ten first tokens.")
+    ] = 6.0,
+    tpot_limit: Annotated[
+        float, typer.Option(help="With poisson: seconds for nine in ten tokens after.")
+    ] = 0.3,
+    log_dir: Annotated[Path | None, typer.Option(help="Where logs go; default: new.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write everything.")] = None,
+    html_path: Annotated[Path | None, typer.Option("--html", help="Write the report.")] = None,
+) -> None:
+    """Replay the same agents in several read modes on one cluster with shaped NICs, and compare.
+
+    Needs root, iproute2 and GlusterFS. Exit code 1 if an answer differs or a request failed.
+    """
+    plan = ComparisonPlan(
+        topologies=tuple(Topology.parse(text) for text in topology.split(",")),
+        modes=parse_modes(modes),
+        repeats=repeats,
+        agents=agents,
+        turns=turns,
+        context=context,
+        append=TokenRange.parse(append),
+        generate=generate,
+        num_alone=alone,
+        storage_rate=parse_rate(storage_nic, "--storage-nic"),
+        compute_rate=parse_rate(compute_nic, "--compute-nic"),
+        prefix_caching=prefix_caching,
+        seed=seed,
+    )
+    if arrivals not in ("offline", "poisson"):
+        raise ConfigError(f"--arrivals: expected offline or poisson, found {arrivals!r}")
+    check_requirements()
+    logs = log_dir or Path(tempfile.mkdtemp(prefix="vllm-dualpath-bench-"))
+    say = _say(Console(stderr=True))
+    say(f"logs in {logs}")
+    if arrivals == "poisson":
+        found = search_rates(
+            replace(plan, num_alone=0),
+            RateRange.parse(rate),
+            Limits(ttft_limit, tpot_limit),
+            logs,
+            say,
+        )
+        _write(json_path, json.dumps(found, indent=1) + "\n")
+        Console().print_json(data=found["highest_agents_per_s"])
+        return
+    comparison = compare(plan, logs, say)
+    _write(json_path, json.dumps(comparison_json(comparison), indent=1) + "\n")
+    _write(html_path, comparison_page(comparison))
+    Console().print(comparison_table(comparison))
+    raise typer.Exit(0 if comparison.exact else 1)
+
+
+def _say(console: Console) -> Say:
+    start_s = time.monotonic()
+    return lambda line: console.print(f"[{time.monotonic() - start_s:6.1f} s] {line}", markup=False)
+
+
+def _write(path: Path | None, text: str) -> None:
+    if path is not None:
+        path.write_text(text, encoding="utf-8")
