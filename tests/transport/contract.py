@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import select
 import time
 from collections.abc import Iterator
@@ -37,6 +38,12 @@ OUTSIDE = [
     (0, 0, (1 << 64) - 1),
     (0, 0, 0),
 ]
+
+
+@functools.cache
+def random_bytes() -> bytes:
+    """What the initiator's memory holds."""
+    return np.random.default_rng(1).bytes(NUM_BYTES)
 
 
 @dataclass
@@ -94,8 +101,7 @@ class TransportContract:
         target = (ProcessTarget if self.in_child else Target)(self.kind, NUM_BYTES, self.share)
         transport = make_transport(self.kind)
         memory = Memory(NUM_BYTES)
-        random = np.random.default_rng(1)
-        memory.registered[:] = random.integers(0, 256, NUM_BYTES, dtype=np.uint8).tobytes()
+        memory.registered[:] = random_bytes()
         transport.register(memory.address, NUM_BYTES)
         hello = target.hello()
         peer_id = transport.connect(hello[0], hello[1], same_host=self.same_host)

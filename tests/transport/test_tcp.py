@@ -41,11 +41,15 @@ class TestTcp(RemoteContract):
         region = unpack(descriptor, _Descriptor)
         forged = pack(msgspec.structs.replace(region, token=bytes(16)))
         stranger = pair.transport.connect(address, forged, same_host=False)
-        put_id = pair.transport.put(stranger, pair.pieces((0, 0, 4096)), b"evil")
-        events = pair.events(2)
-        assert [type(event) for event in events] == [PutDone, PeerClosed]
-        assert isinstance(events[0], PutDone)
-        assert (events[0].put_id, events[0].ok) == (put_id, False)
+        try:
+            put_id = pair.transport.put(stranger, pair.pieces((0, 0, 4096)), b"evil")
+        except PeerLost:  # turned away already
+            assert [type(event) for event in pair.events(1)] == [PeerClosed]
+        else:
+            events = pair.events(2)
+            assert [type(event) for event in events] == [PutDone, PeerClosed]
+            assert isinstance(events[0], PutDone)
+            assert (events[0].put_id, events[0].ok) == (put_id, False)
         assert pair.target.next_notice(0, 0.1) is None
         assert pair.target.read(0, 4096) == bytes(4096)
 
