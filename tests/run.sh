@@ -61,11 +61,12 @@ cpp() {
 # pytest's exit code 5 is "no test collected": an error here too.
 # A worker holds a vLLM, so there are few. Tests of a file stay in one: they share what is dear to
 # start. In the order of their names the files that take long come first, and none is left alone.
+# One thread of torch's each: more threads than cores wait for each other.
 unit() {
   local workers
   workers=$(nproc)
-  "$python" -m pytest -q -n $((workers < 4 ? workers : 4)) --dist loadfile --no-loadscope-reorder \
-    tests --ignore=tests/e2e "${pytest_args[@]}" || failed+=("unit tests")
+  OMP_NUM_THREADS=1 "$python" -m pytest -q -n $((workers < 4 ? workers : 4)) --dist loadfile \
+    --no-loadscope-reorder tests --ignore=tests/e2e "${pytest_args[@]}" || failed+=("unit tests")
 }
 e2e() { "$python" -m pytest -q tests/e2e "${pytest_args[@]}" || failed+=("end-to-end tests"); }
 
