@@ -515,7 +515,9 @@ def test_committed_slots_that_a_donor_may_still_write_beyond_the_cut(machine: Th
     machine.store_calls("donor", 0, 1, 1)
     donor.transport.disconnect(donor.ports.peers._current[decode.contact.boot_id].peer_id)
     machine.trio.spin()
+    donor.book.cut(attempt.key, 0)
     machine.deliver("donor")
+    assert not any(isinstance(message, CutDone) for message in donor.told)
     assert [type(each) for each in donor.told[-2:]] == [TransferFailed, Ended]
     machine.hear()
     machine.store_calls("prefill", 0, 1, 1)
@@ -530,6 +532,7 @@ def test_committed_slots_that_a_donor_may_still_write_beyond_the_cut(machine: Th
         machine.end(0, role, drain=True)
     for _ in range(3):
         for role in EVERYBODY:
+            machine.store_calls(role, 0, 9, 9)
             machine.deliver(role)
     assert prefill.all_free
     assert not decode.all_free

@@ -41,6 +41,15 @@ async def trio(**hello: Any) -> AsyncIterator[tuple[Harness, ScriptedMover]]:
         yield harness, x
 
 
+def ready_without_donors(harness: Harness) -> None:
+    """Let the prefill mover be ready at once only where it does not wait for a donor's blocks."""
+
+    def hold(message: Message) -> bool:
+        return isinstance(message, Stage) and len(message.segments) > 2
+
+    harness.p.script = hold
+
+
 async def transferred(harness: Harness) -> None:
     status, content = await harness.post(body())
     assert status == 200
@@ -120,6 +129,7 @@ async def test_a_donor_that_fails() -> None:
             return isinstance(message, Donate)
 
         x.script = fail
+        ready_without_donors(harness)
         await transferred(harness)
         await harness.idle()
         plans = [[part.reader for part in stage.segments] for stage in harness.p.of(Stage)]
@@ -140,6 +150,7 @@ async def test_a_donor_that_leaves() -> None:
             return isinstance(message, Donate)
 
         x.script = leave
+        ready_without_donors(harness)
         await transferred(harness)
         await harness.idle()
         assert [len(stage.segments) for stage in harness.p.of(Stage)] == [3, 1]

@@ -295,14 +295,6 @@ class Transfer(Part):
         names = {segment.reader for segment in self._stage.segments}
         return [peer for peer in candidates if peer.engine_id in names]
 
-    def _published_of(self, donor: Peer) -> bool:
-        """Whether a block of this donor is among the hits that no cut has taken away."""
-        assert self._stage is not None
-        return any(
-            segment.reader == donor.engine_id and segment.first_block < self._limit
-            for segment in self._stage.segments
-        )
-
     def _reads_beyond_cut(self, donor: Peer) -> bool:
         """Whether a block of this donor was cut off the hit."""
         assert self._stage is not None
@@ -341,15 +333,11 @@ class Transfer(Part):
     def _ask_donors(self) -> None:
         """Let those stop, and say so, who may still write.
 
-        A donor that was never told to start has nobody else to learn it from. One whose blocks we
-        published does not need to be asked, and while we drain it must not: it may be busy with our
-        peer's.
+        A donor that was never told to start has nobody else to learn it from. Asking does no harm
+        while we drain: what we published was pushed to our peer at the same time.
         """
-        draining = self._drain and self._entry is not None
         for writer in self._open_writers():
-            if writer.boot_id == self.peer.boot_id or (draining and self._published_of(writer)):
-                continue
-            if writer.boot_id not in self._asked:
+            if writer.boot_id != self.peer.boot_id and writer.boot_id not in self._asked:
                 self._asked.add(writer.boot_id)
                 query = StopQuery(self.key, writer.boot_id, self._ports.contact)
                 self._ports.peers.notify(writer, query)
