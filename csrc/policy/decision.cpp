@@ -22,7 +22,7 @@ void charge_pushes(ClusterView& view, const Decision& decision, std::uint32_t so
 
 void charge_read(ClusterView& view, const Decision& decision, const ReadSegment& segment,
                  std::int64_t num_tokens) {
-    view.nodes[segment.node].read_queue_tokens += num_tokens;
+    view.add_reads(segment.node, num_tokens);
     charge_pushes(view, decision, segment.node, num_tokens);
 }
 

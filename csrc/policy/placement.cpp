@@ -37,7 +37,8 @@ std::uint32_t least(const ClusterView& view, const Able& able, const KeyOf& key_
     return best;
 }
 
-// Among engines that are nearly alike: most cached blocks first, then whose node reads soonest.
+// Among engines that are nearly alike: most cached blocks first, then whose node reads soonest. Not
+// whose node read least lately: that would send requests to engines whose group is busy.
 auto near_key(const ClusterView& view, const Request& request, std::uint32_t e) {
     const EngineState& engine = view.engines[e];
     return std::tuple(-static_cast<std::int64_t>(request.cached_blocks(e)),
