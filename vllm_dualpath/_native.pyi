@@ -299,6 +299,7 @@ class ReadPath:
 class NodeState:
     read_queue_tokens: int
     push_queue_tokens: int
+    recent_read_tokens: float
     read_rate: float
     push_rate: float
     def __init__(self) -> None: ...
@@ -326,7 +327,8 @@ class ClusterView:
     def __init__(self, nodes: Sequence[NodeState], engines: Sequence[EngineState]) -> None: ...
     def node(self, index: int) -> NodeState: ...
     def engine(self, index: int) -> EngineState: ...
-    def add_read_queue(self, node: int, num_tokens: int) -> None: ...
+    def add_reads(self, node: int, num_tokens: int) -> None: ...
+    def forget_reads(self, node: int, elapsed_s: float) -> None: ...
     def add_load(
         self,
         engine: int,
@@ -363,6 +365,7 @@ class PolicyParameters:
     z_slack: float
     min_segment_blocks: int
     max_readers: int
+    evenness: float
     split_fraction: float
     near_tie: float
     prompt_token_work: float

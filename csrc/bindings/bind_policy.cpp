@@ -31,6 +31,7 @@ void bind_state(py::module_& module) {
         .def(py::init<>())
         .def_readwrite("read_queue_tokens", &NodeState::read_queue_tokens)
         .def_readwrite("push_queue_tokens", &NodeState::push_queue_tokens)
+        .def_readwrite("recent_read_tokens", &NodeState::recent_read_tokens)
         .def_readwrite("read_rate", &NodeState::read_rate)
         .def_readwrite("push_rate", &NodeState::push_rate);
     py::class_<EngineState>(module, "EngineState")
@@ -48,8 +49,14 @@ void bind_state(py::module_& module) {
         .def_readwrite("max_request_tokens", &EngineState::max_request_tokens);
 }
 
-void add_read_queue(ClusterView& view, std::size_t node, std::int64_t num_tokens) {
-    at(view.nodes, node, "node").read_queue_tokens += num_tokens;
+void add_reads(ClusterView& view, std::uint32_t node, std::int64_t num_tokens) {
+    at(view.nodes, node, "node");
+    view.add_reads(node, num_tokens);
+}
+
+void forget_reads(ClusterView& view, std::uint32_t node, double elapsed_s) {
+    at(view.nodes, node, "node");
+    view.forget_reads(node, elapsed_s);
 }
 
 void add_load(ClusterView& view, std::size_t index, std::int64_t num_requests,
@@ -95,7 +102,8 @@ void bind_view(py::module_& module) {
                 return at(view.engines, index, "engine");
             },
             py::arg("index"), py::return_value_policy::reference_internal)
-        .def("add_read_queue", &add_read_queue, py::arg("node"), py::arg("num_tokens"))
+        .def("add_reads", &add_reads, py::arg("node"), py::arg("num_tokens"))
+        .def("forget_reads", &forget_reads, py::arg("node"), py::arg("elapsed_s"))
         .def("add_load", &add_load, py::arg("engine"), py::arg("num_requests"),
              py::arg("num_tokens"), py::arg("num_compute_tokens"), py::arg("room_tokens"))
         .def(
@@ -144,6 +152,7 @@ void bind_parameters(py::module_& module) {
         .def_readwrite("z_slack", &Parameters::z_slack)
         .def_readwrite("min_segment_blocks", &Parameters::min_segment_blocks)
         .def_readwrite("max_readers", &Parameters::max_readers)
+        .def_readwrite("evenness", &Parameters::evenness)
         .def_readwrite("split_fraction", &Parameters::split_fraction)
         .def_readwrite("near_tie", &Parameters::near_tie)
         .def_readwrite("prompt_token_work", &Parameters::prompt_token_work)

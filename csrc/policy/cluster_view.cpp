@@ -15,12 +15,23 @@ bool is_rate(double value) { return std::isfinite(value) && value >= 0; }
 
 }  // namespace
 
+void ClusterView::add_reads(std::uint32_t node, std::int64_t num_tokens) {
+    NodeState& state = nodes[node];
+    state.read_queue_tokens += num_tokens;
+    if (num_tokens > 0) state.recent_read_tokens += static_cast<double>(num_tokens);
+}
+
+void ClusterView::forget_reads(std::uint32_t node, double elapsed_s) {
+    nodes[node].recent_read_tokens *= std::exp(-elapsed_s / kRecentReadsS);
+}
+
 void check(const ClusterView& view) {
     require(view.engines.size() < kNone && view.nodes.size() < kNone, "more than 2^32 - 2 entries");
     for (std::size_t n = 0; n < view.nodes.size(); ++n) {
         const NodeState& node = view.nodes[n];
         const std::string where = "node " + std::to_string(n);
         require(node.read_queue_tokens >= 0, where + ": read_queue_tokens is negative");
+        require(is_rate(node.recent_read_tokens), where + ": recent_read_tokens is no number");
         require(node.push_queue_tokens >= 0, where + ": push_queue_tokens is negative");
         require(is_rate(node.read_rate), where + ": read_rate is no rate");
         require(is_rate(node.push_rate), where + ": push_rate is no rate");

@@ -8,6 +8,8 @@
 namespace dualpath::policy {
 
 constexpr std::int64_t kNoLimit = std::numeric_limits<std::int64_t>::max();
+// What recent_read_tokens remembers. Longer than a burst, shorter than a change of the load.
+constexpr double kRecentReadsS = 10;
 constexpr std::uint32_t kNone = std::numeric_limits<std::uint32_t>::max();
 
 enum class Role : std::uint8_t { kPrefill, kDecode };
@@ -16,6 +18,9 @@ enum class Role : std::uint8_t { kPrefill, kDecode };
 struct NodeState {
     std::int64_t read_queue_tokens = 0;  // planned to be read here and not staged yet (read_q)
     std::int64_t push_queue_tokens = 0;  // to cross its compute NICs for staging, in or out
+    // Planned to be read here lately, staged or not: a sum that forgets
+    // (ClusterView::forget_reads).
+    double recent_read_tokens = 0;
     double read_rate = 0;  // as measured (ReadRate); 0: unknown, the view's nominal one counts
     // What its compute NICs and memory spare for staging; 0: no limit. Only beside known read
     // rates.
@@ -66,6 +71,16 @@ struct ClusterView {
     double read_queue_s(std::uint32_t node) const {
         return static_cast<double>(nodes[node].read_queue_tokens) / read_rate(node);
     }
+    // The same with what was read lately, weighed by `evenness`: even levels are even shares of all
+    // that is read.
+    double read_level_s(std::uint32_t node, double evenness) const {
+        return read_queue_s(node) + evenness * nodes[node].recent_read_tokens / read_rate(node);
+    }
+
+    // Tokens are planned to be read on a node, or are staged where the number is negative.
+    void add_reads(std::uint32_t node, std::int64_t num_tokens);
+    // `elapsed_s` more have passed, as the owner says: once a second is often enough.
+    void forget_reads(std::uint32_t node, double elapsed_s);
 };
 
 // Throws std::invalid_argument for an engine on a node that is not there, or a negative count.

@@ -20,6 +20,12 @@ void charge_pushes(ClusterView& view, const Decision& decision, std::uint32_t so
 
 }  // namespace
 
+void charge_read(ClusterView& view, const Decision& decision, const ReadSegment& segment,
+                 std::int64_t num_tokens) {
+    view.add_reads(segment.node, num_tokens);
+    charge_pushes(view, decision, segment.node, num_tokens);
+}
+
 void charge(ClusterView& view, const Request& request, const Decision& decision) {
     EngineState& prefill = view.engines[decision.prefill];
     EngineState& decode = view.engines[decision.decode];
@@ -32,10 +38,8 @@ void charge(ClusterView& view, const Request& request, const Decision& decision)
     const std::int64_t known_blocks = request.num_hit_blocks - decision.num_recompute_blocks;
     prefill.num_compute_tokens += request.num_tokens - known_blocks * request.block_tokens;
     for (const ReadSegment& segment : decision.segments()) {
-        const std::int64_t tokens =
-            static_cast<std::int64_t>(segment.num_blocks()) * request.block_tokens;
-        view.nodes[segment.node].read_queue_tokens += tokens;
-        charge_pushes(view, decision, segment.node, tokens);
+        charge_read(view, decision, segment,
+                    static_cast<std::int64_t>(segment.num_blocks()) * request.block_tokens);
     }
     // Cached blocks go to the decode side from the prefill engine itself.
     charge_pushes(view, decision, prefill.node,

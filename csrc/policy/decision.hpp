@@ -27,6 +27,13 @@ struct Request {
     bool ignore_load = false;              // it has waited long enough: neither beta nor room count
     std::uint64_t turn = 0;                // requests placed before: only round robin looks
 
+    // As the router believes: an engine may hold more of it than is stored.
+    std::uint32_t cached_blocks(std::uint32_t engine) const {
+        for (const CachedPrefix& prefix : cached) {
+            if (prefix.engine == engine) return prefix.num_blocks;
+        }
+        return 0;
+    }
     std::int64_t room_tokens() const { return reserve_tokens > 0 ? reserve_tokens : num_tokens; }
     std::int64_t hit_tokens() const {
         return static_cast<std::int64_t>(num_hit_blocks) * block_tokens;
@@ -68,6 +75,11 @@ struct Decision {
     // In order; they cover [num_cached_blocks, hit blocks - num_recompute_blocks) once.
     std::span<const ReadSegment> segments() const { return {segment_array.data(), num_segments}; }
 };
+
+// Puts `num_tokens` of a segment on the queues that they pass: its node's reads, and the pushes
+// from there. Negative: takes them off again, once they are staged.
+void charge_read(ClusterView& view, const Decision& decision, const ReadSegment& segment,
+                 std::int64_t num_tokens);
 
 // Puts a placed request's weight on the view: requests, tokens, room and read queues.
 void charge(ClusterView& view, const Request& request, const Decision& decision);

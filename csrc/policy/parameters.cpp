@@ -47,6 +47,8 @@ void check(const Parameters& parameters) {
             "1 to 16", parameters.max_readers);
     require(parameters.split_fraction <= 1, "split_fraction", "0 to 1, or a negative number",
             parameters.split_fraction);
+    require(std::isfinite(parameters.evenness) && parameters.evenness >= 0, "evenness", "0 or more",
+            parameters.evenness);
     require(parameters.near_tie >= 0 && parameters.near_tie <= 1, "near_tie", "0 to 1",
             parameters.near_tie);
     require(parameters.prompt_token_work >= 0 && parameters.prompt_token_work <= 1,

@@ -36,11 +36,14 @@ struct Parameters {
     double z_slack = 1.05;                 // the paper's factor in Z
     std::uint32_t min_segment_blocks = 1;  // of split and pool, where two readers share a hit
     std::uint32_t max_readers = 4;         // of pool; 1 to kMaxReaders
-    double split_fraction = -1;            // split: the prefill side's share; < 0: by queues
-    double near_tie = 0.05;                // balanced: loads this close to the least count as equal
-    // Balanced: what a prompt token costs a prefill engine (attention over it, copies, a share of
-    // the step) though it is cached, in tokens to compute.
-    double prompt_token_work = 0.005;
+    // split: so much of what a NIC read lately counts as if it were still to be read.
+    double evenness = 1.0;
+    double split_fraction = -1;  // split: the prefill side's share; < 0: by queues
+    double near_tie = 0.05;      // balanced: loads this close to the least count as equal
+    // Balanced: what a prompt token costs a prefill engine (attention over it, copies) though it is
+    // cached, in tokens to compute. What engines of a group share, experts, is no engine's own
+    // cost.
+    double prompt_token_work = 0.05;
     bool read_past_cache = false;  // do not read blocks that the prefill engine holds itself
     bool recompute = false;        // do not read what can be computed earlier than it can be read
     // Seconds that each second of extra computing must save: it is taken from other requests.

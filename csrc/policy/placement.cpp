@@ -21,13 +21,6 @@ std::int64_t add_saturated(std::int64_t left, std::int64_t right) {
     return left > kNoLimit - right ? kNoLimit : left + right;
 }
 
-std::uint32_t cached_blocks(const Request& request, std::uint32_t engine) {
-    for (const CachedPrefix& prefix : request.cached) {
-        if (prefix.engine == engine) return prefix.num_blocks;
-    }
-    return 0;
-}
-
 // The index of the least key among engines that are `able`; among equal keys the first stays.
 template <typename Able, typename KeyOf>
 std::uint32_t least(const ClusterView& view, const Able& able, const KeyOf& key_of) {
@@ -44,10 +37,11 @@ std::uint32_t least(const ClusterView& view, const Able& able, const KeyOf& key_
     return best;
 }
 
-// Among engines that are nearly alike: most cached blocks first, then whose node reads soonest.
+// Among engines that are nearly alike: most cached blocks first, then whose node reads soonest. Not
+// whose node read least lately: that would send requests to engines whose group is busy.
 auto near_key(const ClusterView& view, const Request& request, std::uint32_t e) {
     const EngineState& engine = view.engines[e];
-    return std::tuple(-static_cast<std::int64_t>(cached_blocks(request, e)),
+    return std::tuple(-static_cast<std::int64_t>(request.cached_blocks(e)),
                       view.read_queue_s(engine.node), engine.num_requests, engine.num_tokens);
 }
 

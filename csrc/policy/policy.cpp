@@ -5,16 +5,6 @@
 #include "policy/load_or_recompute.hpp"
 
 namespace dualpath::policy {
-namespace {
-
-std::uint32_t cached_blocks(const Request& request, std::uint32_t engine) {
-    for (const CachedPrefix& prefix : request.cached) {
-        if (prefix.engine == engine) return std::min(prefix.num_blocks, request.num_hit_blocks);
-    }
-    return 0;
-}
-
-}  // namespace
 
 Policy::Policy(const Parameters& parameters)
     : parameters_((check(parameters), parameters)), placer_(parameters), planner_(parameters) {}
@@ -27,7 +17,8 @@ Decision Policy::decide(const ClusterView& view, const Request& request) {
     decision.prefill = pair.prefill;
     decision.decode = pair.decode;
     if (parameters_.read_past_cache) {
-        decision.num_cached_blocks = cached_blocks(request, pair.prefill);
+        decision.num_cached_blocks =
+            std::min(request.cached_blocks(pair.prefill), request.num_hit_blocks);
     }
     const std::uint32_t first = decision.num_cached_blocks;
     // Seconds of reading and of computing are compared: both have to be known.

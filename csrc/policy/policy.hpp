@@ -19,8 +19,6 @@ class Policy {
     Decision decide(const ClusterView& view, const Request& request);
 
   private:
-    void choose_range(const ClusterView& view, const Request& request, Decision& decision);
-
     Parameters parameters_;
     Placer placer_;
     ReadPlanner planner_;

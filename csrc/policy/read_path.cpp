@@ -22,17 +22,25 @@ struct Side {
     std::uint32_t engine;
     std::uint32_t node;
     double start_s;
+    double level_s;  // what is to be even in the long run: the start, and what was read lately
     double blocks_per_s;
 
-    Side(const ClusterView& view, std::uint32_t engine_index, std::uint32_t block_tokens)
+    Side(const ClusterView& view, std::uint32_t engine_index, std::uint32_t block_tokens,
+         double evenness = 0)
         : engine(engine_index),
           node(view.engines[engine_index].node),
           start_s(view.read_queue_s(node)),
+          level_s(view.read_level_s(node, evenness)),
           blocks_per_s(view.read_rate(node) / block_tokens) {}
 
     double end_s(std::uint32_t num_blocks) const {
         return num_blocks == 0 ? 0 : start_s + num_blocks / blocks_per_s;
     }
+    double end_level_s(std::uint32_t num_blocks) const {
+        return num_blocks == 0 ? 0 : level_s + num_blocks / blocks_per_s;
+    }
+    // The most that it reads until then.
+    double blocks_until(double end_s) const { return (end_s - start_s) * blocks_per_s; }
 };
 
 void add(Decision& decision, const Side& side, BlockRange blocks) {
@@ -42,14 +50,17 @@ void add(Decision& decision, const Side& side, BlockRange blocks) {
     decision.read_s = std::max(decision.read_s, side.end_s(blocks.size()));
 }
 
-// The first side's blocks, so that the later end comes soonest; the more of equals.
+// The first side's blocks, so that both levels come out even, and yet the later end comes no later
+// than if one side read all. The more of equals.
 std::uint32_t even_share(const Side& first, const Side& second, std::uint32_t num_blocks,
                          std::uint32_t least_blocks) {
+    const double latest_s = std::min(first.end_s(num_blocks), second.end_s(num_blocks));
     const double exact = (first.blocks_per_s *
-                          (num_blocks + (second.start_s - first.start_s) * second.blocks_per_s)) /
+                          (num_blocks + (second.level_s - first.level_s) * second.blocks_per_s)) /
                          (first.blocks_per_s + second.blocks_per_s);
-    const double whole = std::clamp(std::floor(exact), 0.0, static_cast<double>(num_blocks));
-    const auto below = static_cast<std::uint32_t>(whole);
+    const double most = std::clamp(first.blocks_until(latest_s), 0.0, 1.0 * num_blocks);
+    const double least = std::clamp(num_blocks - second.blocks_until(latest_s), 0.0, most);
+    const auto below = static_cast<std::uint32_t>(std::floor(std::clamp(exact, least, most)));
     const std::uint32_t least_first = std::min(least_blocks, num_blocks);
     // Larger shares stand before smaller ones near the exact one: they win ties.
     const std::array candidates{num_blocks,  std::min(below + 1, num_blocks), below,
@@ -59,10 +70,11 @@ std::uint32_t even_share(const Side& first, const Side& second, std::uint32_t nu
     for (const std::uint32_t share : candidates) {
         const std::uint32_t rest = num_blocks - share;
         if ((share > 0 && share < least_first) || (rest > 0 && rest < least_first)) continue;
-        const double end_s = std::max(first.end_s(share), second.end_s(rest));
-        if (end_s < best_s) {
+        if (std::max(first.end_s(share), second.end_s(rest)) > latest_s) continue;
+        const double level_s = std::max(first.end_level_s(share), second.end_level_s(rest));
+        if (level_s < best_s) {
             best = share;
-            best_s = end_s;
+            best_s = level_s;
         }
     }
     return best;
@@ -96,8 +108,8 @@ void ReadPlanner::plan(const ClusterView& view, const Request& request, BlockRan
 
 void ReadPlanner::split(const ClusterView& view, const Request& request, BlockRange blocks,
                         Decision& decision) const {
-    const Side prefill(view, decision.prefill, request.block_tokens);
-    const Side decode(view, decision.decode, request.block_tokens);
+    const Side prefill(view, decision.prefill, request.block_tokens, parameters_.evenness);
+    const Side decode(view, decision.decode, request.block_tokens, parameters_.evenness);
     std::uint32_t share = blocks.size();
     if (parameters_.split_fraction >= 0) {
         share =

@@ -66,13 +66,7 @@ std::optional<Dispatcher::Answer> Dispatcher::next() {
 void Dispatcher::end_read(const policy::Decision& decision, std::size_t segment) {
     const policy::ReadSegment& part = decision.segments()[segment];
     const auto tokens = static_cast<std::int64_t>(part.num_blocks()) * block_tokens_;
-    const std::uint32_t prefill = node_of(decision.prefill), decode = node_of(decision.decode);
-    const bool is_donor = part.node != prefill && part.node != decode;
-    policy::NodeState& reader = view_.nodes[part.node];
-    reader.read_queue_tokens -= tokens;
-    reader.push_queue_tokens -= is_donor ? 2 * tokens : tokens;
-    if (part.node != prefill) view_.nodes[prefill].push_queue_tokens -= tokens;
-    if (part.node != decode) view_.nodes[decode].push_queue_tokens -= tokens;
+    policy::charge_read(view_, decision, part, -tokens);
 }
 
 void Dispatcher::end_prefill(const policy::Decision& decision, std::int64_t prompt,

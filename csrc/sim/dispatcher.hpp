@@ -33,6 +33,7 @@ class Dispatcher {
     void end_decode(const policy::Decision& decision, std::int64_t prompt, std::int64_t room);
     void lose_node(std::uint32_t node);
     void set_read_rate(std::uint32_t node, double tokens_per_s);
+    void forget_reads(std::uint32_t node, double elapsed_s) { view_.forget_reads(node, elapsed_s); }
 
     // Engine numbers: neighbours are on different nodes, so that ties do not pile up on one.
     std::uint32_t node_of(std::uint32_t engine) const { return view_.engines[engine].node; }

@@ -153,6 +153,7 @@ void Simulation::report_rates() {
     for (std::uint32_t i = 0; i < cluster_.nodes().size(); ++i) {
         StorageNode& node = cluster_.node(i);
         if (!node.is_alive()) continue;
+        dispatcher_.forget_reads(i, settings_.report_every_s);
         dispatcher_.set_read_rate(
             i, node.measured_rate(now(), settings_.report_every_s, bytes_per_token));
     }

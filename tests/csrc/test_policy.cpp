@@ -302,6 +302,30 @@ TEST(policy_charge_puts_a_requests_whole_weight_on_the_view) {
     CHECK(view.engines[2].num_requests == 0);
 }
 
+TEST(policy_staged_reads_leave_the_queues_and_are_forgotten_slowly) {
+    ClusterView view;
+    view.nodes.resize(3);
+    view.engines.resize(2);
+    view.engines[1].role = Role::kDecode;
+    view.engines[1].node = 1;
+    Decision decision;
+    decision.prefill = 0;
+    decision.decode = 1;
+    for (const std::uint32_t node : {0U, 2U}) {
+        const ReadSegment segment{node, node, 0, 4};
+        charge_read(view, decision, segment, 256);
+        CHECK(view.nodes[node].push_queue_tokens > 0);
+        charge_read(view, decision, segment, -256);
+        CHECK(view.nodes[node].recent_read_tokens == 256);
+    }
+    for (const NodeState& node : view.nodes) {
+        CHECK(node.read_queue_tokens == 0 && node.push_queue_tokens == 0);
+    }
+    view.forget_reads(0, kRecentReadsS);
+    CHECK(std::abs(view.nodes[0].recent_read_tokens - 256 / std::exp(1.0)) < 1e-9);
+    CHECK(view.nodes[2].recent_read_tokens == 256);
+}
+
 TEST(policy_refuses_what_makes_no_sense) {
     ClusterView view;
     view.engines.resize(1);

@@ -74,7 +74,13 @@ class GoldenCase:
         return {**zero, **decision, "segments": segments}
 
 
-_NODE_FIELDS = ("read_queue_tokens", "push_queue_tokens", "read_rate", "push_rate")
+_NODE_FIELDS = (
+    "read_queue_tokens",
+    "push_queue_tokens",
+    "recent_read_tokens",
+    "read_rate",
+    "push_rate",
+)
 
 
 def load_golden_cases() -> list[GoldenCase]:

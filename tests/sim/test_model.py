@@ -91,6 +91,14 @@ def test_storage_queue_is_m_d_1() -> None:
     assert float(np.mean(staged)) == pytest.approx(expected, rel=0.03)
 
 
+@pytest.mark.parametrize("nodes", [(2, 1), (1, 2)])
+def test_split_evens_out_unlike_sides(nodes: tuple[int, int]) -> None:
+    """The one node of a side reads a third of all bytes, though halves would be read soonest."""
+    load = {"agents_per_s": 1.0, "duration_s": 240, "warm_up_s": 60}
+    result = run(mode="split", prefill_nodes=nodes[0], decode_nodes=nodes[1], **load)
+    assert result.storage_balance(10.0, 60.0) < 1.05
+
+
 def test_storage_bound_load_doubles_with_two_paths() -> None:
     """1P1D with compute that costs nothing: (P + D) / P."""
     one, two = (

@@ -107,7 +107,7 @@ class _Load:
         self._view.add_load(decision.prefill, sign, tokens, tokens // 20, 0)
         self._view.add_load(decision.decode, sign, tokens, 0, tokens)
         for reader, first, last in decision.segments:
-            self._view.add_read_queue(self._nodes[reader], sign * (last - first) * _BLOCK_TOKENS)
+            self._view.add_reads(self._nodes[reader], sign * (last - first) * _BLOCK_TOKENS)
 
     def _draw(self) -> Iterator[PlanRequest]:
         while True:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +26,7 @@ from vllm_dualpath.bench.router.report import within_goal
 from vllm_dualpath.bench.router.run import full_plan as full_router_plan
 from vllm_dualpath.bench.router.run import short_plan as short_router_plan
 from vllm_dualpath.cli import bench_cluster
+from vllm_dualpath.cli.output import write_json
 
 app = typer.Typer(help="Measure a server, or the data mover on this machine.", no_args_is_help=True)
 app.command("cluster")(bench_cluster.cluster)
@@ -63,8 +63,7 @@ def replay(
         think_time_s=think_time,
     )
     result = asyncio.run(replay_with_progress(url.rstrip("/"), plan, model, Console(stderr=True)))
-    if json_path is not None:
-        json_path.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
+    write_json(json_path, result.to_json())
     Console().print(latency_table(result))
     raise typer.Exit(_report_failures(result))
 
@@ -90,8 +89,7 @@ def mover(
     """Measure storage, transport, checksums and copies beside what one would take instead."""
     plan = (short_plan if short else full_plan)(directory.resolve(), nixl_path, pin)
     record = make_record(measure_with_progress(plan, Console(stderr=True)))
-    if json_path is not None:
-        json_path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(json_path, record)
     Console().print(result_table(record))
 
 
@@ -114,9 +112,7 @@ def hooks(
             f"bench hooks: an idle engine with and without its connector, {name} model"
         )
         overhead[name] = measure_idle(case, case.num_short_rounds if short else case.num_rounds)
-    if json_path is not None:
-        report = json.dumps(to_json(timings, overhead), indent=1)
-        json_path.write_text(report + "\n", encoding="utf-8")
+    write_json(json_path, to_json(timings, overhead))
     console = Console()
     console.print(hook_table(timings))
     for name, each in overhead.items():
@@ -135,8 +131,7 @@ def policy(
     Exit code 1 if a median or a rate misses its limit.
     """
     timings = time_policies(0.5 if short else 3.0)
-    if json_path is not None:
-        json_path.write_text(json.dumps(to_policy_json(timings), indent=1) + "\n", encoding="utf-8")
+    write_json(json_path, to_policy_json(timings))
     Console().print(policy_table(timings))
     raise typer.Exit(0 if all(timing.within_limits for timing in timings) else 1)
 
@@ -162,8 +157,7 @@ def router(
     plan = short_router_plan if short else full_router_plan
     measured = measure_router(plan(mode, vllm_router_path, pin), Console(stderr=True))
     record = make_router_record(measured)
-    if json_path is not None:
-        json_path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(json_path, record)
     Console().print(router_table(record))
     raise typer.Exit(0 if within_goal(record) else 1)
 

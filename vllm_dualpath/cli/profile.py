@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +13,7 @@ from vllm_dualpath.bench.profiling.report import (
     profile_table,
     profile_with_progress,
 )
+from vllm_dualpath.cli.output import write_json
 from vllm_dualpath.errors import ConfigError
 from vllm_dualpath.profile import save_profile
 from vllm_dualpath.storage.posix import root_of
@@ -50,8 +50,7 @@ def profile(
         model, store, seconds, block_tokens, context.args, Console(stderr=True)
     )
     save_profile(measured.profile, out)
-    if json_path is not None:
-        json_path.write_text(json.dumps(measured.to_json(), indent=1) + "\n", encoding="utf-8")
+    write_json(json_path, measured.to_json())
     console = Console()
     console.print(profile_table(measured))
     console.print(f"written to {out}")

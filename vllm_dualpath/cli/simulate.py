@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn
 
+from vllm_dualpath.cli import load_options
+from vllm_dualpath.cli.output import spinner, write_json
 from vllm_dualpath.errors import ConfigError
 from vllm_dualpath.sim.assumptions import Assumptions, load_assumptions
 from vllm_dualpath.sim.capacity import Objectives, find_capacity
@@ -24,29 +24,23 @@ from vllm_dualpath.sim.sweep import BASE_MODE, SweepScope, run_sweep
 
 
 def simulate(
-    model: Annotated[str, typer.Option(help="A model of the assumptions.")] = "ds-660b",
+    model: load_options.Model = "ds-660b",
     prefill: Annotated[int, typer.Option(help="Prefill nodes.")] = 2,
     decode: Annotated[int, typer.Option(help="Decode nodes.")] = 4,
     mode: Annotated[
         str, typer.Option(help="basic, prefill_only, dual, split, pool or oracle.")
     ] = "dual",
-    trace: Annotated[
-        str, typer.Option(help="32k, 48k, 64k (the paper's), or a file of trajectories.")
-    ] = "64k",
-    agents: Annotated[int | None, typer.Option(help="So many agents, all at once.")] = None,
-    rate: Annotated[
-        float | None, typer.Option(help="Agents a second, Poisson, instead of all at once.")
-    ] = None,
+    trace: load_options.Trace = "64k",
+    agents: load_options.Agents = None,
+    rate: load_options.Rate = None,
     duration: Annotated[float, typer.Option(help="Seconds that agents come for.")] = 3600.0,
     warm_up: Annotated[float, typer.Option(help="Turns before are not measured.")] = 1200.0,
-    tool_time: Annotated[float, typer.Option(help="Mean seconds between turns.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Equal seeds, equal results.")] = 0,
+    tool_time: load_options.ToolTime = 0.0,
+    seed: load_options.Seed = 0,
     choices: Annotated[
         str, typer.Option("--set", help="More keys of the configuration, a JSON object.")
     ] = "{}",
-    assumptions: Annotated[
-        Path | None, typer.Option(help="Another file in the form of assumptions.toml.")
-    ] = None,
+    assumptions: load_options.AssumptionsFile = None,
     capacity: Annotated[
         bool, typer.Option(help="Find the highest rate with TTFT <= 4 s and TPOT <= 50 ms.")
     ] = False,
@@ -96,7 +90,7 @@ def simulate(
 
 def _run_one(config: SimulationConfig, path: Path | None, json_path: Path | None) -> None:
     result = run_simulation(config, load_assumptions(path))
-    _write(json_path, result.to_json())
+    write_json(json_path, result.to_json())
     console = Console()
     console.print(result_table(result))
     for line in result_lines(result):
@@ -106,7 +100,7 @@ def _run_one(config: SimulationConfig, path: Path | None, json_path: Path | None
 def _find_capacity(config: SimulationConfig, path: Path | None, json_path: Path | None) -> None:
     objectives = Objectives()
     rate = find_capacity(config, objectives, load_assumptions(path))
-    _write(json_path, {"config": config.model_dump(mode="json"), "agents_per_s": rate})
+    write_json(json_path, {"config": config.model_dump(mode="json"), "agents_per_s": rate})
     Console().print(
         f"{config.mode}: {rate:.3f} agents a second with mean TTFT <= {objectives.first_token_s} s "
         f"and mean TPOT <= {objectives.per_token_s} s",
@@ -115,23 +109,18 @@ def _find_capacity(config: SimulationConfig, path: Path | None, json_path: Path 
 
 
 def _reproduce(short: bool, page: Path | None, json_path: Path | None) -> None:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("")
-        rows = reproduce(short, lambda name: progress.update(task, description=name))
-    _write(json_path, {"rows": [row.to_json() for row in rows]})
+    with spinner() as started:
+        rows = reproduce(short, started)
+    write_json(json_path, {"rows": [row.to_json() for row in rows]})
     if page is not None:
         update_page(page, rows, short)
     Console().print(row_table(rows))
 
 
 def _sweep(assumptions: Assumptions, heat_maps: Path | None, json_path: Path | None) -> None:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("")
-        started = partial(progress.update, task)
-        cells = run_sweep(SweepScope(), assumptions, started=lambda name: started(description=name))
-    _write(json_path, {"cells": [cell.to_json() for cell in cells]})
+    with spinner() as started:
+        cells = run_sweep(SweepScope(), assumptions, started=started)
+    write_json(json_path, {"cells": [cell.to_json() for cell in cells]})
     console = Console()
     for mode in dict.fromkeys(cell.mode for cell in cells):
         if heat_maps is not None:
@@ -148,8 +137,3 @@ def _object(text: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConfigError(f"--set: expected a JSON object, found {text!r}")
     return found
-
-
-def _write(path: Path | None, content: dict[str, Any]) -> None:
-    if path is not None:
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -51,6 +51,8 @@ class Engine:
     num_kv_tokens: int = 0
     """Of its tokens, those that lie in its KV cache for decoding."""
     read_queue_tokens: int = 0
+    recent_read_tokens: float = 0.0
+    """Kept by the view; here while the engine is in none."""
     read_rate: ReadRate = field(default_factory=ReadRate)
     _view: ClusterView | None = None
     _index: int = 0
@@ -100,6 +102,7 @@ class Engine:
         """What a view starts with: the engine on a node of its own, since it has its own mover."""
         storage = NodeState()
         storage.read_queue_tokens = self.read_queue_tokens
+        storage.recent_read_tokens = self.recent_read_tokens
         storage.read_rate = self.read_rate.rate
         engine = EngineState()
         engine.role = Role.PREFILL if self.role == "prefill" else Role.DECODE
@@ -119,6 +122,8 @@ class Engine:
 
     def seen_in(self, view: ClusterView | None, index: int = 0) -> None:
         """Changes of load go into ``view`` from now on."""
+        if self._view is not None:
+            self.recent_read_tokens = self._view.node(self._index).recent_read_tokens
         self._view, self._index = view, index
 
     def index_in(self, view: ClusterView) -> int | None:
@@ -142,7 +147,7 @@ class Engine:
         """Tokens are planned to be read here, or are staged where the number is negative."""
         self.read_queue_tokens += num_tokens
         if self._view is not None:
-            self._view.add_read_queue(self._index, num_tokens)
+            self._view.add_reads(self._index, num_tokens)
 
     def heartbeat(self, stats: MoverStats, now_s: float) -> None:
         """Take in one ``Load``."""
@@ -164,7 +169,10 @@ class Engine:
         num_tokens = int(num_bytes / _token_bytes(self.hello))
         self.read_rate.add(num_tokens, busy_s, now_s - before_s, nominal)
         rate = self.read_rate.rate
-        if self._view is not None and rate > 0:
+        if self._view is None:
+            return
+        self._view.forget_reads(self._index, now_s - before_s)
+        if rate > 0:
             self._view.node(self._index).read_rate = rate
             # What the best of the group reads is what the others are believed to be able to.
             self._view.nominal_read_rate = max(nominal, rate)

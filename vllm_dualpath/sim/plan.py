@@ -11,7 +11,7 @@ from vllm_dualpath.sim.assumptions import Assumptions
 from vllm_dualpath.sim.bounds import Bound, bottleneck_free_ratios, throughput_bounds
 from vllm_dualpath.sim.config import SimulationConfig
 from vllm_dualpath.sim.results import SimulationResult, Summary
-from vllm_dualpath.sim.run import load_trace, run_simulation
+from vllm_dualpath.sim.run import run_simulation, scaled_trace
 
 MODES = ("prefill_only", "dual", "split", "pool")
 
@@ -127,10 +127,7 @@ def _cell(
 ) -> Cell:
     changed = {"prefill_nodes": nodes[0], "decode_nodes": nodes[1], "mode": mode}
     run = config.model_copy(update=changed)
-    trace = load_trace(config.trace, assumptions.trace.num_trajectories, config.seed).scaled(
-        append=config.append_scale, generated=config.generated_scale
-    )
-    shape = assumptions.model(config.model)
+    shape, trace = assumptions.model(config.model), scaled_trace(config, assumptions)
     both = mode not in ("basic", "prefill_only")
     bounds = throughput_bounds(assumptions, shape, trace, nodes, both, config.agents)
     least, most = bottleneck_free_ratios(assumptions.hardware)

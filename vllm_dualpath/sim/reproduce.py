@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
 from vllm_dualpath.sim.assumptions import paper_assumptions
@@ -130,6 +131,24 @@ def _offline(model: str, nodes: tuple[int, int], mode: str, trace: str, agents: 
     return result.job_s
 
 
+def _beside_dual(
+    model: str, nodes: tuple[int, int], traces: Sequence[str], agents: Sequence[int]
+) -> tuple[list[float], list[float]]:
+    """(Basic over dual, dual over Oracle) in JCT, for every trace and number of agents."""
+    ratios, slower = [], []
+    for trace, count in product(traces, agents):
+        basic, dual, oracle = (
+            _offline(model, nodes, mode, trace, count) for mode in ("basic", "dual", "oracle")
+        )
+        ratios.append(basic / dual)
+        slower.append(dual / oracle)
+    return ratios, slower
+
+
+def _range(values: Sequence[float]) -> Figures:
+    return min(values), max(values)
+
+
 def cache_compute_ratio(_: Scope) -> Iterator[Row]:
     """Table 1: GB of KV to load per PFLOP to compute."""
     published = {"qwen-32b": (117.0, 267.0), "ds-660b": (13.0, 36.0)}
@@ -148,18 +167,11 @@ def cache_compute_ratio(_: Scope) -> Iterator[Row]:
 
 def offline_27b(scope: Scope) -> Iterator[Row]:
     """DS 27B 1P1D against Basic and Oracle."""
-    cells = [(trace, agents) for trace in scope.traces for agents in scope.agents_27b]
-    ratios, slower = [], []
-    for trace, agents in cells:
-        basic, dual, oracle = (
-            _offline("ds-27b", (1, 1), mode, trace, agents) for mode in ("basic", "dual", "oracle")
-        )
-        ratios.append(basic / dual)
-        slower.append(dual / oracle)
+    ratios, slower = _beside_dual("ds-27b", (1, 1), scope.traces, scope.agents_27b)
     figure = "Offline, DS 27B 1P1D"
     yield Row(figure, "JCT of Basic over dual, at most", (1.78,), (max(ratios),), False)
-    ours = (min(slower), max(slower))
-    yield Row(figure, "JCT of dual over Oracle, range", (1.09, 1.85), ours, False)
+    what = "JCT of dual over Oracle, range"
+    yield Row(figure, what, (1.09, 1.85), _range(slower), False)
 
 
 def ablation(scope: Scope) -> Iterator[Row]:
@@ -221,19 +233,11 @@ def _latencies(
 
 def offline_660b(scope: Scope) -> Iterator[Row]:
     """DS 660B 2P4D against Basic and Oracle."""
-    ratios, slower = [], []
-    for trace in scope.traces:
-        for agents in scope.agents_660b:
-            basic, dual, oracle = (
-                _offline("ds-660b", (2, 4), mode, trace, agents)
-                for mode in ("basic", "dual", "oracle")
-            )
-            ratios.append(basic / dual)
-            slower.append(dual / oracle)
+    ratios, slower = _beside_dual("ds-660b", (2, 4), scope.traces, scope.agents_660b)
     figure = "Offline, DS 660B 2P4D"
     yield Row(figure, "JCT of Basic over dual, at most", (1.87,), (max(ratios),), True)
     what = "JCT of dual over Oracle, range (near it, says the paper)"
-    yield Row(figure, what, NOT_GIVEN, (min(slower), max(slower)), True)
+    yield Row(figure, what, NOT_GIVEN, _range(slower), True)
 
 
 def offline_qwen(scope: Scope) -> Iterator[Row]:
@@ -243,8 +247,8 @@ def offline_qwen(scope: Scope) -> Iterator[Row]:
         / _offline("qwen-32b", (1, 1), "dual", trace, 250)
         for trace in scope.traces
     ]
-    ours = (min(ratios), max(ratios))
-    yield Row("Offline, Qwen 32B 1P1D", "JCT of Basic over dual", NOT_GIVEN, ours, True)
+    what = "JCT of Basic over dual"
+    yield Row("Offline, Qwen 32B 1P1D", what, NOT_GIVEN, _range(ratios), True)
 
 
 def ratios_27b(scope: Scope) -> Iterator[Row]:
@@ -266,8 +270,7 @@ def ratios_27b(scope: Scope) -> Iterator[Row]:
     yield Row(figure, "JCT of Basic over dual, mean", (1.64,), (mean,), True)
     yield Row(figure, "JCT of Basic over dual, at most", (2.46,), (max(ratios),), True)
     for what, found in pairs.items():
-        ours = (min(found), max(found))
-        yield Row(figure, f"equal pair {what}, range", (1.0, 1.0), ours, True)
+        yield Row(figure, f"equal pair {what}, range", (1.0, 1.0), _range(found), True)
 
 
 def append_scaled(scope: Scope) -> Iterator[Row]:
@@ -279,9 +282,8 @@ def append_scaled(scope: Scope) -> Iterator[Row]:
             for mode in ("basic", "dual")
         )
         ratios.append(basic.job_s / dual.job_s)
-    ours = (min(ratios), max(ratios))
     what = "DS 660B: JCT of Basic over dual, range"
-    yield Row("Append length scaled", what, (1.82, 1.99), ours, True)
+    yield Row("Append length scaled", what, (1.82, 1.99), _range(ratios), True)
 
 
 def capacity(scope: Scope) -> Iterator[Row]:
@@ -311,7 +313,7 @@ def scale(scope: Scope) -> Iterator[Row]:
     found = [_offline("ds-660b", (2, 4), "dual", trace, 2000) for trace in scope.traces]
     small = found[-1]
     what = "2P4D, 2K agents: JCT, over all traces"
-    yield Row("Scale, offline", what, (3167.0,) * 2, (min(found), max(found)), True, "s")
+    yield Row("Scale, offline", what, (3167.0,) * 2, _range(found), True, "s")
     if not scope.large:
         return
     large = _offline("ds-660b", (48, 96), "dual", "64k", 48_000)

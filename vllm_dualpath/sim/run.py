@@ -32,9 +32,7 @@ def run_simulation(
     engine can serve.
     """
     known = load_assumptions(None) if assumptions is None else assumptions
-    trajectories = load_trace(config.trace, known.trace.num_trajectories, config.seed).scaled(
-        append=config.append_scale, generated=config.generated_scale
-    )
+    trajectories = scaled_trace(config, known)
     agents = _agents(config, known, trajectories)
     return simulate_agents(config, known, trajectories, agents)
 
@@ -74,6 +72,12 @@ def load_trace(name: str, num_trajectories: int, seed: int) -> TrajectorySet:
         known = ", ".join(PAPER_TRACES)
         raise ConfigError(f"trace: expected {known} or a file of trajectories, found {name!r}")
     return load_trajectories(path)
+
+
+def scaled_trace(config: SimulationConfig, assumptions: Assumptions) -> TrajectorySet:
+    """The trajectories that ``config``'s agents follow."""
+    trace = load_trace(config.trace, assumptions.trace.num_trajectories, config.seed)
+    return trace.scaled(append=config.append_scale, generated=config.generated_scale)
 
 
 def _agents(

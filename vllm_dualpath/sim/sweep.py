@@ -12,7 +12,7 @@ from vllm_dualpath.sim.assumptions import Assumptions
 from vllm_dualpath.sim.bounds import throughput_bounds
 from vllm_dualpath.sim.config import SimulationConfig, make_config
 from vllm_dualpath.sim.results import SimulationResult, Summary
-from vllm_dualpath.sim.run import load_trace, run_simulation
+from vllm_dualpath.sim.run import run_simulation, scaled_trace
 
 BASE_MODE = "dual"
 METRICS = ("ttft_p50", "ttft_p99", "tpot", "job", "staged", "storage_balance")
@@ -104,12 +104,17 @@ def run_sweep(
     cells = []
     for key in _keys(scope):
         started(key.label())
-        configs = [_config(scope, key, seed, assumptions) for seed in scope.seeds]
+        offline = [_offline(scope, key, seed) for seed in scope.seeds]
+        tightest = [_tightest(scope, key, config, assumptions) for config in offline]
+        configs = [
+            config if key.load is None else _online(scope, config, key.load * agents_per_s)
+            for config, (_, agents_per_s) in zip(offline, tightest, strict=True)
+        ]
         base = [_metrics(run_simulation(config, assumptions)) for config in configs]
         for mode in modes:
             changed = [config.model_copy(update={"mode": mode}) for config in configs]
             found = [_metrics(run_simulation(config, assumptions)) for config in changed]
-            cells.append(_cell(key, mode, _binds(scope, key, assumptions), base, found))
+            cells.append(_cell(key, mode, tightest[0][0], base, found))
     return cells
 
 
@@ -119,44 +124,41 @@ def _keys(scope: SweepScope) -> Iterator[CellKey]:
         yield CellKey(*point)
 
 
+def _offline(scope: SweepScope, key: CellKey, seed: int) -> SimulationConfig:
+    return make_config(
+        model=scope.model,
+        prefill_nodes=key.nodes[0],
+        decode_nodes=key.nodes[1],
+        mode=BASE_MODE,
+        trace=key.trace,
+        append_scale=key.append_scale,
+        tool_time_s=key.tool_time_s,
+        seed=seed,
+        agents=scope.offline_agents,
+    )
+
+
+def _online(scope: SweepScope, offline: SimulationConfig, agents_per_s: float) -> SimulationConfig:
+    """The same with agents that come one by one."""
+    choices = {
+        **offline.model_dump(),
+        "agents": None,
+        "agents_per_s": agents_per_s,
+        "duration_s": scope.duration_s,
+        "warm_up_s": scope.warm_up_s,
+    }
+    return make_config(**choices)
+
+
 def _tightest(
-    scope: SweepScope, key: CellKey, seed: int, assumptions: Assumptions
-) -> tuple[str, float, float]:
-    """(resource, turns a second, mean turns of a trajectory) of the base mode's tightest bound."""
-    trace = load_trace(key.trace, assumptions.trace.num_trajectories, seed)
-    trace = trace.scaled(append=key.append_scale)
+    scope: SweepScope, key: CellKey, offline: SimulationConfig, assumptions: Assumptions
+) -> tuple[str, float]:
+    """The resource that binds the base mode, and the agents a second that it allows."""
+    trace = scaled_trace(offline, assumptions)
     agents = scope.offline_agents if key.load is None else None
     shape = assumptions.model(scope.model)
     bound = throughput_bounds(assumptions, shape, trace, key.nodes, True, agents)[0]
-    return bound.resource, bound.turns_per_s, float(trace.num_turns.mean())
-
-
-def _binds(scope: SweepScope, key: CellKey, assumptions: Assumptions) -> str:
-    return _tightest(scope, key, scope.seeds[0], assumptions)[0]
-
-
-def _config(
-    scope: SweepScope, key: CellKey, seed: int, assumptions: Assumptions
-) -> SimulationConfig:
-    choices: dict[str, Any] = {
-        "model": scope.model,
-        "prefill_nodes": key.nodes[0],
-        "decode_nodes": key.nodes[1],
-        "mode": BASE_MODE,
-        "trace": key.trace,
-        "append_scale": key.append_scale,
-        "tool_time_s": key.tool_time_s,
-        "seed": seed,
-    }
-    if key.load is None:
-        return make_config(**choices, agents=scope.offline_agents)
-    _, turns_per_s, num_turns = _tightest(scope, key, seed, assumptions)
-    return make_config(
-        **choices,
-        agents_per_s=key.load * turns_per_s / num_turns,
-        duration_s=scope.duration_s,
-        warm_up_s=scope.warm_up_s,
-    )
+    return bound.resource, bound.turns_per_s / float(trace.num_turns.mean())
 
 
 def _metrics(result: SimulationResult) -> dict[str, float]:
