@@ -398,3 +398,17 @@ def test_ambiguous_push_is_no_proof(machine: TwoMovers) -> None:
     assert all(transfer.awaits_proof for transfer in prefill.book.transfers)
     for transfer in prefill.book.transfers:
         transfer.on_peer_dead()
+
+
+def test_a_drained_push_is_reported_as_good(machine: TwoMovers) -> None:
+    """The prefill leg is back before the hit blocks are pushed on: the segment is whole all the
+    same, and the decode side gets it.
+    """
+    attempt = staged(machine, "prefill", "decode", split=2)
+    machine.store_calls("prefill", 0, 2, 2)
+    machine.end(0, "prefill", drain=True)
+    machine.pair.prefill.transport.deliver()
+    machine.pair.spin()
+    done = [each for each in machine.pair.prefill.told if isinstance(each, SegmentDone)]
+    assert [(each.good_until, each.error) for each in done] == [(2, "")]
+    assert attempt.hits == 2
