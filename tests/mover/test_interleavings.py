@@ -457,6 +457,19 @@ def test_ambiguous_push_is_no_proof(machine: ThreeMovers) -> None:
         transfer.on_peer_dead(decode.contact.boot_id)
 
 
+def test_a_drained_push_is_reported_as_good(machine: ThreeMovers) -> None:
+    """The prefill leg is back before the hit blocks are pushed on: the segment is whole all the
+    same, and the decode side gets it.
+    """
+    attempt = staged(machine, *SIDES, splits=(2, 2))
+    machine.store_calls("prefill", 0, 2, 2)
+    machine.end(0, "prefill", drain=True)
+    machine.deliver("prefill")
+    done = [each for each in machine.trio.prefill.told if isinstance(each, SegmentDone)]
+    assert [(each.good_until, each.error) for each in done] == [(2, "")]
+    assert attempt.hits == 2
+
+
 # --- donors --------------------------------------------------------------------------------------
 
 DONOR_READS = (0, 0)

@@ -42,7 +42,7 @@ def cluster(
     alone: Annotated[
         int, typer.Option(help="Requests on the idle cluster before each run.")
     ] = _DEFAULT.num_alone,
-    storage_nic: Annotated[str, typer.Option(help="Rate of each storage NIC.")] = "400mbit",
+    storage_nic: Annotated[str, typer.Option(help="Rate of each storage NIC.")] = "250mbit",
     compute_nic: Annotated[str, typer.Option(help="Rate of each compute NIC.")] = "1600mbit",
     prefix_caching: Annotated[
         bool, typer.Option("--prefix-caching", help="With vLLM's own prefix caching on.")

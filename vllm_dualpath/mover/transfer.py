@@ -104,7 +104,9 @@ class Transfer(Part):
         self._ending = True
         self._drain = drain
         if self._reader is not None:
-            self._reader.cut(0)
+            # Once published all is read; what is still being pushed while we drain is not bad.
+            keep = drain and self._entry is not None
+            self._reader.cut(self._limit if keep else 0)
         self._advance()
 
     # --- events from the engine ------------------------------------------------------------------
