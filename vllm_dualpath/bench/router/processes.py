@@ -8,14 +8,15 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
 from vllm_dualpath.bench.processes import ManagedProcess, ProcessGuard
-from vllm_dualpath.bench.servers import healthy
+from vllm_dualpath.bench.servers import get_json, healthy
 from vllm_dualpath.bench.vllm_command import HOST, free_ports
 from vllm_dualpath.errors import LaunchError
 
@@ -85,9 +86,9 @@ class Processes:
                 router.start()
         with on_core(self._cores[1] if self._cores else None):
             self._engines = self._start_engines()
-        _wait_healthy(self.ours, self.ports.ours)
+        _wait_until(self.ours, partial(_has_both_engines, self.ports.ours))
         if self.theirs is not None:
-            _wait_healthy(self.theirs, self.ports.theirs)
+            _wait_until(self.theirs, partial(healthy, f"http://{HOST}:{self.ports.theirs}"))
 
     def _start_engines(self) -> subprocess.Popen[str]:
         engines = subprocess.Popen(
@@ -168,9 +169,17 @@ def _their_command(ports: Ports) -> Sequence[str]:
     return [*command, *(word for flag in flags.items() for word in flag)]
 
 
-def _wait_healthy(process: ManagedProcess, port: int) -> None:
+def _has_both_engines(port: int) -> bool:
+    """Our router is well with a decode engine alone, and serves requests without a transfer."""
+    try:
+        return bool(get_json(f"http://{HOST}:{port}/health")["prefill"])
+    except OSError:
+        return False
+
+
+def _wait_until(process: ManagedProcess, is_ready: Callable[[], bool]) -> None:
     ends_s = time.monotonic() + _START_S
-    while not healthy(f"http://{HOST}:{port}"):
+    while not is_ready():
         if not process.alive or time.monotonic() > ends_s:
             raise LaunchError(f"{process.name} did not start; its log ends:\n{process.log_tail()}")
         time.sleep(_POLL_S)

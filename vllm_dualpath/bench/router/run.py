@@ -123,6 +123,7 @@ def measure(plan: Plan, tick: Callable[[], None] = lambda: None) -> Measured:
                 os.sched_setaffinity(0, {cores[1]})
             turns = run(_measure_all(plan, processes, tick))
             metrics = _metrics(processes.ports.ours)
+            outcomes = _outcomes(metrics, processes.ours)
     finally:
         os.sched_setaffinity(0, affinity)
         guard.close()
@@ -131,7 +132,7 @@ def measure(plan: Plan, tick: Callable[[], None] = lambda: None) -> Measured:
     machine["steal_share"] = steal_share(ticks, cpu_times())
     hits = metrics.items()
     hit_tokens = sum(number for name, number in hits if name.startswith(_PLANNED))
-    return Measured(plan, machine, turns, _outcomes(metrics), hit_tokens)
+    return Measured(plan, machine, turns, outcomes, hit_tokens)
 
 
 async def _measure_all(
@@ -202,11 +203,14 @@ def _metrics(port: int) -> dict[str, int]:
     return {name: int(float(value)) for name, _, value in samples}
 
 
-def _outcomes(metrics: dict[str, int]) -> dict[str, int]:
+def _outcomes(metrics: dict[str, int], router: ManagedProcess) -> dict[str, int]:
     counts = {n.split('"')[1]: num for n, num in metrics.items() if n.startswith(_REQUESTS)}
     others = {name: num for name, num in counts.items() if num and name != "transferred"}
     if others:
-        raise LaunchError(f"our router served requests without a transfer: {others}")
+        raise LaunchError(
+            f"our router served requests without a transfer: {others}; its log ends:\n"
+            f"{router.log_tail()}"
+        )
     return counts
 
 
