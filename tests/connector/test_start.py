@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from vllm.config import set_current_vllm_config
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec, SlidingWindowSpec
@@ -197,6 +198,17 @@ def test_refused_by_name(make_config, change, name):
     with pytest.raises(ConfigError, match=name) as caught:
         check_supported(config, make_cache_config(32))
     assert "1 problem(s)" in str(caught.value)
+
+
+def test_failure_policy_of_a_multi_connector(make_config):
+    """VLLM goes by what stands around several connectors, so that is looked at as well."""
+    around = make_config()
+    object.__setattr__(around.kv_transfer_config, "kv_load_failure_policy", "fail")
+    with (
+        set_current_vllm_config(around),
+        pytest.raises(ConfigError, match=r"kv_load_failure_policy.*found 'fail'"),
+    ):
+        check_supported(make_config(), make_cache_config(32))
 
 
 def test_several_groups_and_other_attention_are_refused(make_config):

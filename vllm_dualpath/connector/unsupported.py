@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheSpec,
@@ -45,8 +46,8 @@ RULES = (
         "load failures that fail requests",
         "--kv-transfer-config kv_load_failure_policy",
         "'recompute'",
-        lambda vllm, _: _unless(_transfer(vllm).kv_load_failure_policy, "recompute"),
-        "set it to recompute: a lost mover must not end requests",
+        lambda vllm, _: _failure_policy(vllm),
+        "set it to recompute, of a MultiConnector too: a lost mover must not end requests",
     ),
     Rule(
         "a one-sided kv_role",
@@ -197,6 +198,16 @@ def _transfer(vllm_config: VllmConfig):  # type: ignore[no-untyped-def] # vLLM's
 
 def _unless(found: object, expected: object) -> object:
     return None if found == expected else repr(found)
+
+
+def _failure_policy(vllm: VllmConfig) -> object:
+    """What is not ``recompute``. Of several connectors vLLM goes by what stands around them, which
+    a worker's connector can see while it is made, and a scheduler's cannot.
+    """
+    around = get_current_vllm_config_or_none()
+    configs = [vllm] if around is None or around.kv_transfer_config is None else [vllm, around]
+    found = (_unless(_transfer(each).kv_load_failure_policy, "recompute") for each in configs)
+    return next(filter(None, found), None)
 
 
 def _specs(cache: KVCacheConfig) -> list[KVCacheSpec]:
