@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import resource
 import select
 import socket
 import struct
@@ -259,3 +261,31 @@ def test_link_without_a_mover(tmp_path: Path) -> None:
     with pytest.raises(TransferTimeout, match="listen"):
         link.connect(0.1)
     assert not link.send(Release(TransferKey(bytes(16), 0)))
+
+
+def test_link_of_a_process_with_many_files(tmp_path: Path) -> None:
+    """A server has thousands of connections: descriptors beyond 1023 are as good as others."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4096)), hard))
+    listener = Listener(tmp_path / "sock")
+    peers: list[FramedSocket] = []
+
+    def serve() -> None:
+        peers.append(listener.accept())
+        peers[0].send(attached())
+
+    server = threading.Thread(target=serve)
+    server.start()
+    link = EngineLink(tmp_path / "sock", "worker", lambda _: None, lambda _: None)
+    with contextlib.ExitStack() as files:
+        try:
+            for _ in range(1100):
+                files.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+            answer, _ = link.connect(WAIT_S)
+            assert answer.version == PROTOCOL_VERSION
+        finally:
+            server.join(WAIT_S)
+            link.close()
+            peers[0].close()
+            listener.close()
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

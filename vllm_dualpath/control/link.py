@@ -132,9 +132,10 @@ class EngineLink:
     def _attach(self, framed: FramedSocket, deadline: float) -> tuple[Attached, list[LocalMessage]]:
         framed.send(encode(Attach(PROTOCOL_VERSION, self._kind, os.getpid())))
         received: list[LocalMessage] = []
+        poller = select.poll()  # select() takes no descriptor beyond 1023, and servers have more
+        poller.register(framed, select.POLLIN)
         while not received:
-            readable, _, _ = select.select([framed], [], [], max(0.0, deadline - time.monotonic()))
-            if not readable:
+            if not poller.poll(1e3 * max(0.0, deadline - time.monotonic())):
                 raise TransferTimeout(f"mover at {self._path} did not answer Attach in time")
             received = [decode_local_message(payload) for payload in framed.receive()]
         attached = received[0]
