@@ -73,6 +73,8 @@ def test_the_record_is_json_with_ratios_and_exactness() -> None:
     assert record["ratios"]["1P1D"] == {"prefill_only": 1.0, "split": 2.0}
     assert record["exact"] is True
     assert record["regime"]["1P1D"]["recompute_over_hit"] == 4.0
+    read_s = 2048 * 65536 / 100e6
+    assert record["regime"]["1P1D"]["recompute_over_read"] == pytest.approx(2.0 / read_s)
     assert record["regime"]["1P1D"]["prefill_storage_nic_busy_steady"] == pytest.approx(0.9)
 
 

@@ -133,6 +133,8 @@ def regime(plan: ComparisonPlan, found: TopologyResult) -> dict[str, float | Non
     hit_s = median(time for run in base for time in run.alone_ttft_s)
     num_nics = found.topology.num_prefill + found.topology.num_decode
     rate = found.spec.storage_rate
+    # Through one storage NIC at its full rate.
+    read_s = plan.context * plan.bytes_per_token * 8 / rate if rate else None
     return {
         "kv_bytes_per_token": plan.bytes_per_token,
         "prefill_storage_nic_busy_steady": median(
@@ -144,6 +146,8 @@ def regime(plan: ComparisonPlan, found: TopologyResult) -> dict[str, float | Non
         "recompute_ttft_s": recompute_s,
         "hit_ttft_s": hit_s,
         "recompute_over_hit": recompute_s / hit_s if recompute_s and hit_s else None,
+        "context_read_s": read_s,
+        "recompute_over_read": recompute_s / read_s if recompute_s and read_s else None,
         "sum_of_storage_nics_bytes_per_s": rate * num_nics / 8 if rate else None,
         "unshaped_read_bytes_per_s": found.unshaped_read_bytes_per_s,
         # 1 or more: each byte of a hit crossed some storage NIC.
