@@ -60,7 +60,7 @@ def default_model() -> TinyModel:
     Wide heads on few layers: much KV, as a large model with a long context has. So wide otherwise
     that recomputing a context takes twice as long as reading it through one storage NIC.
     """
-    return TinyModel(layers=4, hidden=1792, heads=32, kv_heads=32, head_dim=64, max_len=8192)
+    return TinyModel(layers=4, hidden=2048, heads=32, kv_heads=32, head_dim=64, max_len=8192)
 
 
 DEFAULT_APPEND = TokenRange(30, 50)
