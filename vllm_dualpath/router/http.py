@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-from aiohttp import StreamReader, web
+from aiohttp import HttpVersion11, StreamReader, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import RawRequestMessage
 
@@ -69,6 +69,7 @@ class Handlers:
         method = "GET" if request.method == "HEAD" else request.method
         handler = self._routes.get((method, request.rel_url.raw_path), self.pass_through)
         try:
+            await _invite_body(request)
             return await handler(request)
         except web.HTTPException as exc:
             return error_response(exc.status, type(exc).__name__, exc.text or exc.reason)
@@ -133,3 +134,11 @@ class Handlers:
             return raw
         logger.debug("%s of a client dropped", PARAMS_FIELD)
         return body.encode(without_params(body))
+
+
+async def _invite_body(request: web.BaseRequest) -> None:
+    """A client may wait for this before it sends a body; aiohttp's own answer is its router's."""
+    expected = request.headers.get("Expect", "").lower()
+    if request.version >= HttpVersion11 and expected == "100-continue":
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # nothing of the answer has been sent
