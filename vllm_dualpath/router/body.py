@@ -130,5 +130,5 @@ def _ints(raw: msgspec.Raw) -> list[int] | None:
 
 def _decoded(value: object) -> object:
     if isinstance(value, msgspec.Raw):
-        return _ANY.decode(value)
+        return json.loads(bytes(memoryview(value)))
     raise TypeError(f"no JSON: {type(value).__name__}")
