@@ -140,6 +140,22 @@ async def test_surplus_bytes_are_no_answer_to_the_next_request() -> None:
         assert await connect(pool, url) is not first
 
 
+async def test_two_answers_at_once_are_not_one() -> None:
+    """The first is delivered alone, and the connection is not used again."""
+    async with server(answering(PLAIN + PLAIN)) as (pool, url):
+        connection = await connect(pool, url)
+        await connection.ask("GET", "/", {}, None)
+        assert await connection.read_all() == b"ok"
+        connection.release()
+        assert not pool._idle
+
+
+async def test_an_address_of_version_six_has_brackets() -> None:
+    """In the Host header, but not where the connection goes to."""
+    origin = origin_of("http://[::1]:8000")
+    assert (origin.host, origin.authority) == ("::1", "[::1]:8000")
+
+
 async def test_a_body_in_pieces_arrives_whole() -> None:
     """An upload is passed on as it comes, in chunks."""
     got = bytearray()

@@ -44,7 +44,8 @@ def origin_of(url: str) -> Origin:
         raise ValueError(f"url: expected http://host:port, found {url!r}")
     is_tls = parsed.scheme == "https"
     base = parsed.raw_path.rstrip("/")
-    return Origin(parsed.host, parsed.port, is_tls, f"{parsed.raw_host}:{parsed.port}", base)
+    name = f"[{parsed.host}]" if ":" in parsed.host else parsed.raw_host
+    return Origin(parsed.host, parsed.port, is_tls, f"{name}:{parsed.port}", base)
 
 
 @dataclass(slots=True)
@@ -226,6 +227,10 @@ class Connection(asyncio.Protocol):
             drained.set_result(None)
 
     # --- the parser's side ---
+
+    def on_message_begin(self) -> None:
+        if self._has_head:
+            raise ConnectionError("two answers to one request")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         key = name.decode("latin-1")
