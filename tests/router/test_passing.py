@@ -187,14 +187,23 @@ async def test_a_client_that_asks_before_it_sends_is_told_to(path: str, status: 
 
 @pytest.mark.asyncio
 async def test_bad_bodies() -> None:
-    """A body that is too large is a 413 of the router's; what is no JSON is vLLM's to refuse."""
+    """A body that is too large is a 413 of the router's; what is no JSON object a 400."""
     async with pair(max_body_bytes=1000) as harness:
         status, content = await harness.post(body(prompt="x" * 2000))
         assert status == 413
         assert b'"error"' in content
-        async with harness.client.post(harness.url + "/v1/completions", data=b"{") as got:
-            assert got.status == 500
+        headers = {"Content-Type": "application/json"}
+        for path in ("/v1/completions", "/other"):
+            url = harness.url + path
+            async with harness.client.post(url, data=b"{", headers=headers) as got:
+                assert got.status == 400
+        assert harness.bodies("d:POST /other") == []
         assert harness.d.of(Reserve) == []
+    async with pair() as harness:
+        data = b'{"model":"m","prompt":[1],"n":' + b"1" * 5000 + b"}"
+        async with harness.client.post(harness.url + "/v1/completions", data=data) as got:
+            assert got.status == 400
+        await harness.idle()
 
 
 @pytest.mark.asyncio

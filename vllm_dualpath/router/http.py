@@ -11,7 +11,7 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import RawRequestMessage
 
 from vllm_dualpath.errors import PeerLost
-from vllm_dualpath.router.body import parse_body
+from vllm_dualpath.router.body import BadBody, parse_body
 from vllm_dualpath.router.engine import Engine
 from vllm_dualpath.router.flow import Core, Flow
 from vllm_dualpath.router.legs import PARAMS_FIELD, forges_params, without_params
@@ -73,6 +73,8 @@ class Handlers:
             return await handler(request)
         except web.HTTPException as exc:
             return error_response(exc.status, type(exc).__name__, exc.text or exc.reason)
+        except BadBody as exc:
+            return error_response(400, "BadRequest", str(exc))
         except (ConnectionError, TimeoutError):
             raise
         except Exception:
@@ -80,7 +82,11 @@ class Handlers:
             return error_response(500, "InternalServerError", "the router failed; see its log")
 
     async def generate(self, request: web.BaseRequest) -> web.StreamResponse:
-        return await Flow(self._core, request, await request.read()).run()
+        raw = await request.read()
+        body = parse_body(raw)
+        if body is None:
+            raise BadBody("expected a JSON object as the body, found something else")
+        return await Flow(self._core, request, raw, body).run()
 
     async def health(self, _request: web.BaseRequest) -> web.Response:
         counts = {role: len(self._core.cluster.usable(role)) for role in ("prefill", "decode")}
@@ -130,6 +136,8 @@ class Handlers:
             return request.content.iter_any()
         raw = await request.read()
         body = parse_body(raw)
+        if body is None and raw:
+            raise BadBody("expected a JSON object as the body, found something else")
         if body is None or not forges_params(body):
             return raw
         logger.debug("%s of a client dropped", PARAMS_FIELD)
