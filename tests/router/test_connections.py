@@ -140,6 +140,22 @@ async def test_surplus_bytes_are_no_answer_to_the_next_request() -> None:
         assert await connect(pool, url) is not first
 
 
+async def test_two_answers_at_once_are_not_one() -> None:
+    """The first is delivered alone, and the connection is not used again."""
+    async with server(answering(PLAIN + PLAIN)) as (pool, url):
+        connection = await connect(pool, url)
+        await connection.ask("GET", "/", {}, None)
+        assert await connection.read_all() == b"ok"
+        connection.release()
+        assert not pool._idle
+
+
+async def test_an_address_of_version_six_has_brackets() -> None:
+    """In the Host header, but not where the connection goes to."""
+    origin = origin_of("http://[::1]:8000")
+    assert (origin.host, origin.authority) == ("::1", "[::1]:8000")
+
+
 async def test_a_body_in_pieces_arrives_whole() -> None:
     """An upload is passed on as it comes, in chunks."""
     got = bytearray()
@@ -159,6 +175,82 @@ async def test_a_body_in_pieces_arrives_whole() -> None:
         connection = await connect(pool, url)
         assert (await connection.ask("PUT", "/", {}, pieces())).status == 200
     assert bytes(got) == b"".join([bytes([number]) * 40_000 for number in range(64)])
+
+
+REFUSED = b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n%b\r\nno"
+
+
+@pytest.mark.parametrize("header", [b"", b"Connection: close\r\n"])
+async def test_an_engine_may_answer_before_the_whole_upload(header: bytes) -> None:
+    """The answer is returned at once; the connection, with half a request on it, is not kept."""
+    is_stopped = False
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        await reader.readuntil(b"some\r\n")
+        writer.write(REFUSED % header)
+        if not header:
+            await reader.read()
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal is_stopped
+        try:
+            yield b"some"
+            await asyncio.Event().wait()
+        finally:
+            is_stopped = True
+
+    async with server(serve) as (pool, url):
+        connection = await connect(pool, url)
+        head = await connection.ask("PUT", "/", {}, endless())
+        assert (head.status, await connection.read_all()) == (413, b"no")
+        connection.release()
+        assert not pool._idle
+        assert is_stopped
+
+
+async def test_an_upload_to_a_closed_connection_is_an_error() -> None:
+    """An engine that goes away is a ConnectionError, however much is still to be sent."""
+    lost = asyncio.Event()
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"some"
+        await lost.wait()
+        yield b"more"
+
+    async with server(answering(b"")) as (pool, url):
+        connection = await connect(pool, url)
+        dropped = connection.connection_lost
+
+        def connection_lost(exc: Exception | None) -> None:
+            lost.set()
+            dropped(exc)
+
+        connection.connection_lost = connection_lost  # type: ignore[method-assign]
+        with pytest.raises(ConnectionError):
+            await connection.ask("PUT", "/", {}, pieces())
+
+
+async def test_an_upload_that_breaks_off_is_not_the_engines_fault() -> None:
+    """What the source of a body raises is raised, and the engine sees no complete request."""
+    seen: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            seen.append(await reader.read())
+
+    async def broken() -> AsyncIterator[bytes]:
+        yield b"some"
+        raise ValueError("bad chunk")
+
+    async with server(serve) as (pool, url):
+        connection = await connect(pool, url)
+        with pytest.raises(ValueError, match="bad chunk"):
+            await connection.ask("PUT", "/", {}, broken())
+        connection.release()
+        assert not pool._idle
+    assert not any(b"0\r\n\r\n" in data for data in seen)
 
 
 async def test_an_answer_that_nobody_reads_stays_with_its_engine() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from vllm_dualpath.errors import ConfigError
 from vllm_dualpath.messages import Goodbye, Reserve, Welcome
 from vllm_dualpath.router import Router
 from vllm_dualpath.router.eligibility import alone_reason
+from vllm_dualpath.router.relay import end_to_end
 from vllm_dualpath.router.tokenize import tokenize_request
 from vllm_dualpath.router.usage import EventCorrector, correct_cached_tokens
 
@@ -166,15 +168,42 @@ async def test_other_paths_pass_through() -> None:
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize(("path", "status"), [("/v1/completions", b"200"), ("/other", b"418")])
+async def test_a_client_that_asks_before_it_sends_is_told_to(path: str, status: bytes) -> None:
+    """Expect: 100-continue is answered at once, and is no engine's business."""
+    async with pair() as harness:
+        reader, writer = await asyncio.open_connection(*harness.config.listen.split(":"))
+        data = json.dumps(body(prompt="text")).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+        writer.write(head.encode())
+        told = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+        assert told == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(data)
+        assert (await reader.readuntil(b"\r\n")).split()[1] == status
+        writer.close()
+    assert end_to_end({"Expect": "100-continue", "X-One": "1"}) == {"X-One": "1"}
+
+
+@pytest.mark.asyncio
 async def test_bad_bodies() -> None:
-    """A body that is too large is a 413 of the router's; what is no JSON is vLLM's to refuse."""
+    """A body that is too large is a 413 of the router's; what is no JSON object a 400."""
     async with pair(max_body_bytes=1000) as harness:
         status, content = await harness.post(body(prompt="x" * 2000))
         assert status == 413
         assert b'"error"' in content
-        async with harness.client.post(harness.url + "/v1/completions", data=b"{") as got:
-            assert got.status == 500
+        headers = {"Content-Type": "application/json"}
+        for path in ("/v1/completions", "/other"):
+            url = harness.url + path
+            async with harness.client.post(url, data=b"{", headers=headers) as got:
+                assert got.status == 400
+        assert harness.bodies("d:POST /other") == []
         assert harness.d.of(Reserve) == []
+    async with pair() as harness:
+        data = b'{"model":"m","prompt":[1],"n":' + b"1" * 5000 + b"}"
+        async with harness.client.post(harness.url + "/v1/completions", data=data) as got:
+            assert got.status == 400
+        await harness.idle()
 
 
 @pytest.mark.asyncio

@@ -13,12 +13,18 @@ from typing import Any
 
 import msgspec
 
+from vllm_dualpath.errors import DualPathError
+
 JsonBody = dict[str, Any]
 
 _ENCODER = msgspec.json.Encoder()
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _ANY = msgspec.json.Decoder(Any)
 _INTS = msgspec.json.Decoder(list[int])
+
+
+class BadBody(DualPathError):
+    """A client's body that cannot be decoded: its mistake, and answered as one."""
 
 
 class Ints(list[int]):
@@ -64,8 +70,11 @@ class Body(Mapping[str, Any]):
         raw = self._raw[name]
         try:
             self._values[name] = value = _value(raw)
-        except msgspec.MsgspecError:
-            self._decode_all()
+        except (msgspec.MsgspecError, ValueError):
+            try:
+                self._decode_all()
+            except ValueError as exc:
+                raise BadBody(f"{name}: expected JSON that can be decoded, found {exc}") from exc
             return self._values[name]
         return value
 
@@ -124,11 +133,11 @@ def _ints(raw: msgspec.Raw) -> list[int] | None:
         return None
     try:
         return _INTS.decode(raw)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, ValueError):
         return None
 
 
 def _decoded(value: object) -> object:
     if isinstance(value, msgspec.Raw):
-        return _ANY.decode(value)
+        return json.loads(bytes(memoryview(value)))
     raise TypeError(f"no JSON: {type(value).__name__}")

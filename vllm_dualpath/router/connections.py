@@ -44,7 +44,8 @@ def origin_of(url: str) -> Origin:
         raise ValueError(f"url: expected http://host:port, found {url!r}")
     is_tls = parsed.scheme == "https"
     base = parsed.raw_path.rstrip("/")
-    return Origin(parsed.host, parsed.port, is_tls, f"{parsed.raw_host}:{parsed.port}", base)
+    name = f"[{parsed.host}]" if ":" in parsed.host else parsed.raw_host
+    return Origin(parsed.host, parsed.port, is_tls, f"{name}:{parsed.port}", base)
 
 
 @dataclass(slots=True)
@@ -79,6 +80,9 @@ class Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._drained: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._upload: asyncio.Task[None] | None = None
+        self._upload_error: BaseException | None = None
+        self._is_sent = False
 
     # --- asking ---
 
@@ -94,13 +98,20 @@ class Connection(asyncio.Protocol):
         self._has_head = self._is_complete = self._can_be_kept = False
         self._is_chunked = self._ends_with_connection = False
         self._is_head_only = method == "HEAD"
+        self._upload = self._upload_error = None
         head = _request_head(self.origin, method, path, headers, data)
         if data is None or isinstance(data, bytes):
             self._transport.writelines((head, data) if data else (head,))
+            self._is_sent = True
         else:
             self._transport.write(head)
-            await self._send_chunks(data)
+            self._is_sent = False
+            # Beside the wait for the head: an engine may answer before it has everything.
+            self._upload = asyncio.create_task(self._send_chunks(data))
+            self._upload.add_done_callback(self._upload_ended)
         while not self._has_head:
+            if self._upload_error is not None:
+                raise self._upload_error  # the client's fault, not the engine's
             await self._progress()
         return self.head
 
@@ -124,8 +135,9 @@ class Connection(asyncio.Protocol):
         return b"".join(parts)
 
     def release(self) -> None:
-        """The answer is done with; where it was not read to its end the connection goes."""
-        if self._is_complete and not self._chunks and self._can_be_kept and self._error is None:
+        """The answer is done with; where it, or the request, has no end the connection goes."""
+        is_whole = self._is_sent and self._is_complete and not self._chunks
+        if is_whole and self._can_be_kept and self._error is None:
             self._timer = asyncio.get_running_loop().call_later(_KEEP_S, self.close)
             self._pool.keep(self)
         else:
@@ -134,6 +146,7 @@ class Connection(asyncio.Protocol):
     def close(self) -> None:
         """An engine that is at work on a request takes this as the order to stop."""
         self._pool.forget(self)
+        self._end_upload()
         self._transport.abort()
 
     def taken(self) -> None:
@@ -143,13 +156,29 @@ class Connection(asyncio.Protocol):
 
     async def _send_chunks(self, data: AsyncIterator[bytes]) -> None:
         async for chunk in data:
+            if self._transport.is_closing():
+                return  # uvloop raises RuntimeError where asyncio drops the bytes
             if chunk:
                 self._transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
-            if self._error is not None:
-                raise self._error
             if self._drained is not None:
                 await self._drained
-        self._transport.write(b"0\r\n\r\n")
+        if not self._transport.is_closing():
+            self._transport.write(b"0\r\n\r\n")
+            self._is_sent = True
+
+    def _upload_ended(self, upload: asyncio.Task[None]) -> None:
+        """What was to be sent could not be had: half a request gets no answer."""
+        if upload.cancelled() or (exc := upload.exception()) is None:
+            return
+        self._upload_error = exc
+        self._error = self._error or ConnectionError(f"the request's body broke off: {exc!r}")
+        self._transport.abort()
+        self._wake()
+
+    def _end_upload(self) -> None:
+        """Nobody reads the rest of it."""
+        if self._upload is not None and not self._upload.done():
+            self._upload.cancel()
 
     async def _progress(self) -> None:
         if self._error is not None:
@@ -181,7 +210,8 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._pool.forget(self)
-        if exc is None and self._ends_with_connection:
+        self._end_upload()
+        if self._error is None and exc is None and self._ends_with_connection:
             self._is_complete = True
         elif self._error is None:
             self._error = ConnectionError(f"connection closed{f': {exc}' if exc else ''}")
@@ -197,6 +227,10 @@ class Connection(asyncio.Protocol):
             drained.set_result(None)
 
     # --- the parser's side ---
+
+    def on_message_begin(self) -> None:
+        if self._has_head:
+            raise ConnectionError("two answers to one request")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         key = name.decode("latin-1")
@@ -232,6 +266,7 @@ class Connection(asyncio.Protocol):
             self.head = Head()  # of 100 Continue and the like: the answer is still to come
             return
         self._is_complete = True
+        self._end_upload()
         self._ends_with_connection = False
         self._can_be_kept = self._parser.should_keep_alive() and not self._is_head_only
 

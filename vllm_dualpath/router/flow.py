@@ -15,7 +15,7 @@ from aiohttp import web
 from vllm_dualpath.config import RouterConfig
 from vllm_dualpath.errors import PeerLost
 from vllm_dualpath.messages import LegParams, TransferKey
-from vllm_dualpath.router.body import Body, TokenIds, parse_body
+from vllm_dualpath.router.body import Body, TokenIds
 from vllm_dualpath.router.booking import Assignment
 from vllm_dualpath.router.cluster import Cluster
 from vllm_dualpath.router.eligibility import alone_reason
@@ -56,12 +56,12 @@ class Core:
 class Flow:
     """One request. ``run`` is called once."""
 
-    def __init__(self, core: Core, request: web.BaseRequest, raw: bytes) -> None:
+    def __init__(self, core: Core, request: web.BaseRequest, raw: bytes, body: Body) -> None:
         self._core = core
         self._request = request
         self._path = request.path
         self._headers = leg_headers(request.headers)
-        self._body = parse_body(raw)
+        self._body = body
         self._raw = raw
         self._outcome = "failed"
 
@@ -80,8 +80,8 @@ class Flow:
         if not await self._core.cluster.wait_for_decode(self._core.config.engine_wait_s):
             return await self._alone("no decode engine is registered", waited=True)
         body = self._body
-        reason = "the body is no JSON object" if body is None else alone_reason(body)
-        if body is None or reason:
+        reason = alone_reason(body)
+        if reason:
             return await self._alone(reason)
         ids = await self._token_ids(body)
         if ids is None:
@@ -261,8 +261,6 @@ class Flow:
 
     def _clean_raw(self) -> bytes:
         """The client's own bytes, unless the router's field is in them."""
-        if self._body is None:
-            return self._raw
         if not forges_params(self._body):
             return self._raw
         return self._body.encode(without_params(self._body))

@@ -6,12 +6,12 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-from aiohttp import StreamReader, web
+from aiohttp import HttpVersion11, StreamReader, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http import RawRequestMessage
 
 from vllm_dualpath.errors import PeerLost
-from vllm_dualpath.router.body import parse_body
+from vllm_dualpath.router.body import BadBody, parse_body
 from vllm_dualpath.router.engine import Engine
 from vllm_dualpath.router.flow import Core, Flow
 from vllm_dualpath.router.legs import PARAMS_FIELD, forges_params, without_params
@@ -69,9 +69,12 @@ class Handlers:
         method = "GET" if request.method == "HEAD" else request.method
         handler = self._routes.get((method, request.rel_url.raw_path), self.pass_through)
         try:
+            await _invite_body(request)
             return await handler(request)
         except web.HTTPException as exc:
             return error_response(exc.status, type(exc).__name__, exc.text or exc.reason)
+        except BadBody as exc:
+            return error_response(400, "BadRequest", str(exc))
         except (ConnectionError, TimeoutError):
             raise
         except Exception:
@@ -79,7 +82,11 @@ class Handlers:
             return error_response(500, "InternalServerError", "the router failed; see its log")
 
     async def generate(self, request: web.BaseRequest) -> web.StreamResponse:
-        return await Flow(self._core, request, await request.read()).run()
+        raw = await request.read()
+        body = parse_body(raw)
+        if body is None:
+            raise BadBody("expected a JSON object as the body, found something else")
+        return await Flow(self._core, request, raw, body).run()
 
     async def health(self, _request: web.BaseRequest) -> web.Response:
         counts = {role: len(self._core.cluster.usable(role)) for role in ("prefill", "decode")}
@@ -129,7 +136,17 @@ class Handlers:
             return request.content.iter_any()
         raw = await request.read()
         body = parse_body(raw)
+        if body is None and raw:
+            raise BadBody("expected a JSON object as the body, found something else")
         if body is None or not forges_params(body):
             return raw
         logger.debug("%s of a client dropped", PARAMS_FIELD)
         return body.encode(without_params(body))
+
+
+async def _invite_body(request: web.BaseRequest) -> None:
+    """A client may wait for this before it sends a body; aiohttp's own answer is its router's."""
+    expected = request.headers.get("Expect", "").lower()
+    if request.version >= HttpVersion11 and expected == "100-continue":
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # nothing of the answer has been sent

@@ -59,7 +59,14 @@ def forges_params(body: Mapping[str, Any]) -> bool:
         return True
     extra = body.get("vllm_xargs")
     # vLLM puts both into one dictionary.
-    return isinstance(extra, dict) and PARAMS_FIELD in extra
+    return (isinstance(extra, dict) and PARAMS_FIELD in extra) or _sampling_extra(body) is not None
+
+
+def _sampling_extra(body: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Of a body with vLLM's own sampling parameters, their dictionary with the router's field."""
+    sampling = body.get("sampling_params")
+    extra = sampling.get("extra_args") if isinstance(sampling, dict) else None
+    return extra if isinstance(extra, dict) and PARAMS_FIELD in extra else None
 
 
 def without_params(body: Body) -> JsonBody:
@@ -69,8 +76,15 @@ def without_params(body: Body) -> JsonBody:
         fields.pop(PARAMS_FIELD, None)
         extra = body.get("vllm_xargs")
         if isinstance(extra, dict):
-            fields["vllm_xargs"] = {k: v for k, v in extra.items() if k != PARAMS_FIELD}
+            fields["vllm_xargs"] = _without_field(extra)
+        if (extra := _sampling_extra(body)) is not None:
+            sampling = {**body["sampling_params"], "extra_args": _without_field(extra)}
+            fields["sampling_params"] = sampling
     return fields
+
+
+def _without_field(extra: JsonBody) -> JsonBody:
+    return {name: value for name, value in extra.items() if name != PARAMS_FIELD}
 
 
 def prefill_leg(body: Body, params: LegParams, token_ids: TokenIds) -> bytes:

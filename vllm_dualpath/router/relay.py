@@ -24,6 +24,7 @@ _HOP_BY_HOP = frozenset(
         "transfer-encoding",
         "upgrade",
         "content-length",
+        "expect",
         "host",
     }
 )

@@ -146,7 +146,7 @@ class Upstream:
                 answer = await self._ask(engine, "GET", "/health", {}, None)
             answer.close()
             self._cluster.set_serving(engine, answer.status == 200)
-        except OSError as exc:
+        except (OSError, ValueError) as exc:
             logger.debug("engine %s does not serve yet: %r", engine.engine_id, exc)
         if engine.serving:
             logger.info("engine %s serves at %s", engine.engine_id, engine.hello.url)
