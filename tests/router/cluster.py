@@ -174,6 +174,33 @@ class EngineServer:
         return response
 
 
+def hello_of(name: str, role: str, url: str, **changes: Any) -> Hello:
+    """What the mover of a healthy engine says of itself."""
+    fields: dict[str, Any] = {
+        "version": PROTOCOL_VERSION,
+        "engine_id": name,
+        "role": role,
+        "boot_id": secrets.token_bytes(16),
+        "url": url,
+        "model": "m",
+        "fingerprint": FINGERPRINT,
+        "root": ROOT,
+        "geometry": GEOMETRY,
+        "max_model_len": 1000,
+        "store": "file:///store",
+        "store_quota_bytes": None,
+        "host_id": "host",
+        "pid": os.getpid(),
+        "pid_start": 1,
+        "address": b"address of " + name.encode(),
+        "region": b"region",
+        "staging_address": 4096,
+        "num_slots": 64,
+        "num_donor_slots": 4,
+    }
+    return Hello(**{**fields, **changes})
+
+
 class ScriptedMover:
     """A mover that says what a healthy one would; ``script`` may answer first."""
 
@@ -196,29 +223,8 @@ class ScriptedMover:
         self._sends: list[asyncio.Future[Any]] = []
 
     def hello(self) -> Hello:
-        fields: dict[str, Any] = {
-            "version": PROTOCOL_VERSION,
-            "engine_id": self.name,
-            "role": self.role,
-            "boot_id": self.boot_id,
-            "url": self.server.url,
-            "model": "m",
-            "fingerprint": FINGERPRINT,
-            "root": ROOT,
-            "geometry": GEOMETRY,
-            "max_model_len": 1000,
-            "store": "file:///store",
-            "store_quota_bytes": None,
-            "host_id": "host",
-            "pid": os.getpid(),
-            "pid_start": 1,
-            "address": b"address of " + self.name.encode(),
-            "region": b"region",
-            "staging_address": 4096,
-            "num_slots": 64,
-            "num_donor_slots": 4,
-        }
-        return Hello(**{**fields, **self.hello_changes})
+        changes = {"boot_id": self.boot_id, **self.hello_changes}
+        return hello_of(self.name, self.role, changes.pop("url", self.server.url), **changes)
 
     def start(self) -> None:
         self._socket.setsockopt(zmq.LINGER, 0)

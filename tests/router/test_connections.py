@@ -8,7 +8,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
+from tests.router.cluster import hello_of
+from vllm_dualpath.errors import PeerLost
+from vllm_dualpath.router.cluster import Cluster
 from vllm_dualpath.router.connections import Connection, Pool, origin_of
+from vllm_dualpath.router.engine import Engine
+from vllm_dualpath.router.upstream import Upstream
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(30)]
 
@@ -297,3 +302,39 @@ async def test_nobody_there_is_an_error() -> None:
         await Pool().connection(origin_of(url))
     with pytest.raises(ValueError, match="expected http"):
         origin_of("nonsense")
+
+
+async def test_a_connection_that_is_closing_is_not_used_again() -> None:
+    """Its engine has closed it; that the loop has yet to say so must cost nobody a request."""
+    async with server(answering(PLAIN)) as (pool, url):
+        first = await connect(pool, url)
+        await first.ask("GET", "/", {}, None)
+        assert await first.read_all() == b"ok"
+        first.release()
+        first._transport.abort()
+        second = await connect(pool, url)
+        assert second is not first
+        assert not second.was_kept
+
+
+@pytest.mark.parametrize(("method", "is_repeated"), [("GET", True), ("POST", False)])
+async def test_what_changes_nothing_is_asked_again(method: str, is_repeated: bool) -> None:
+    """A kept connection is closed instead of an answer: only a GET may go over a fresh one."""
+    heard: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for _ in range(2):
+            heard.append(await reader.readuntil(b"\r\n\r\n"))
+            if len(heard) == 2:
+                return
+            writer.write(PLAIN)
+
+    async with server(serve) as (_, url):
+        upstream = Upstream(Cluster())
+        engine = Engine(hello_of("decode", "decode", url), 0.0)
+        (await upstream.ask(engine, "GET", "/", {}, None)).close()
+        with contextlib.nullcontext() if is_repeated else pytest.raises(PeerLost):
+            answer = await upstream.ask(engine, method, "/", {}, None)
+            assert answer.first == b"ok"
+        upstream.close()
+    assert len(heard) == 2 + is_repeated

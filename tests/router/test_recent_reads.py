@@ -6,36 +6,16 @@ import math
 
 import pytest
 
-from vllm_dualpath.messages import PROTOCOL_VERSION, Hello, MoverStats
+from vllm_dualpath.messages import MoverStats
 from vllm_dualpath.router.engine import Engine
 from vllm_dualpath.router.roster import EngineSpeed, Roster
 
-from .cluster import FINGERPRINT, GEOMETRY, ROOT
+from .cluster import hello_of
 
 
 def engine(role: str) -> Engine:
     """An engine that serves."""
-    hello = Hello(
-        version=PROTOCOL_VERSION,
-        engine_id=role,
-        role=role,
-        boot_id=role.encode().ljust(16),
-        url="http://127.0.0.1:1",
-        model="m",
-        fingerprint=FINGERPRINT,
-        root=ROOT,
-        geometry=GEOMETRY,
-        max_model_len=1000,
-        store="file:///store",
-        store_quota_bytes=None,
-        host_id="host",
-        pid=1,
-        pid_start=1,
-        address=b"",
-        region=b"",
-        staging_address=4096,
-        num_slots=64,
-    )
+    hello = hello_of(role, role, "http://127.0.0.1:1")
     return Engine(hello, last_seen_s=0.0, serving=True)
 
 

@@ -281,9 +281,7 @@ async def test_an_attempt_that_fails_fails_its_request_alone() -> None:
         await first
 
 
-async def test_pool_is_refused_with_the_reason() -> None:
-    """Movers read for the two engines of a request only, so far."""
-    with pytest.raises(ValueError, match=r"donors.*use 'split'"):
-        Harness(mode="pool")
+async def test_recompute_needs_a_rate() -> None:
+    """What recomputing costs is the user's to say: without it start is refused."""
     with pytest.raises(ValueError, match="recompute needs prefill_tokens_per_s"):
         Harness(recompute=True)

@@ -65,6 +65,8 @@ class Connection(asyncio.Protocol):
     def __init__(self, pool: Pool, origin: Origin) -> None:
         self.origin = origin
         self.head = Head()
+        self.was_kept = False
+        """It has carried another request: its engine may be about to close it."""
         self._pool = pool
         self._transport: asyncio.Transport
         self._parser = httptools.HttpResponseParser(self)
@@ -83,6 +85,16 @@ class Connection(asyncio.Protocol):
         self._upload: asyncio.Task[None] | None = None
         self._upload_error: BaseException | None = None
         self._is_sent = False
+
+    @property
+    def has_answered(self) -> bool:
+        """Whether the head of this request's answer has arrived."""
+        return self._has_head
+
+    @property
+    def is_closing(self) -> bool:
+        """Closed already, though nobody may have been told yet."""
+        return self._transport.is_closing()
 
     # --- asking ---
 
@@ -282,10 +294,12 @@ class Pool:
     async def connection(self, origin: Origin) -> Connection:
         """One to ask on. Raises ``OSError`` (``TimeoutError`` too) when there is none to be had."""
         idle = self._idle.get(origin)
-        if idle:
+        while idle:
             connection = idle.pop()
             connection.taken()
-            return connection
+            if not connection.is_closing:
+                connection.was_kept = True
+                return connection
         async with asyncio.timeout(_CONNECT_S):
             loop = asyncio.get_running_loop()
             _, connection = await loop.create_connection(

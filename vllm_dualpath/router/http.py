@@ -67,8 +67,11 @@ class Handlers:
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         """Every request. Our own errors have the form that OpenAI's clients expect."""
         method = "GET" if request.method == "HEAD" else request.method
-        handler = self._routes.get((method, request.rel_url.raw_path), self.pass_through)
+        path = request.rel_url.raw_path
+        handler = self._routes.get((method, path), self.pass_through)
         try:
+            if not path.startswith("/"):  # OPTIONS * and CONNECT: nothing that an engine serves
+                raise web.HTTPNotFound
             await _invite_body(request)
             return await handler(request)
         except web.HTTPException as exc:

@@ -90,14 +90,21 @@ class Upstream:
         headers: Mapping[str, str],
         data: bytes | AsyncIterator[bytes] | None,
     ) -> Answer:
-        connection = await self._pool.connection(origin_of(engine.hello.url))
-        try:
-            head = await connection.ask(method, path, headers, data)
-            read = connection.read if head.length is None else connection.read_all
-            return Answer(engine, connection, head, await read())
-        except BaseException:
-            connection.close()
-            raise
+        while True:
+            connection = await self._pool.connection(origin_of(engine.hello.url))
+            try:
+                head = await connection.ask(method, path, headers, data)
+                read = connection.read if head.length is None else connection.read_all
+                return Answer(engine, connection, head, await read())
+            except ConnectionError:
+                connection.close()
+                # An engine closes what was long unused. Only what changes nothing is said again:
+                # of anything else nobody knows whether it was heard.
+                if connection.has_answered or not connection.was_kept or method not in _SAFE:
+                    raise
+            except BaseException:
+                connection.close()
+                raise
 
     async def fetch_soon(
         self, engine: Engine, path: str, headers: Mapping[str, str], data: bytes | None
@@ -154,3 +161,4 @@ class Upstream:
 
 
 JSON_HEADERS = {"Content-Type": "application/json"}
+_SAFE = ("GET", "HEAD")

@@ -65,6 +65,7 @@ class StalledMovers:
             # A Full Block and the rest of the prompt each.
             "staging_bytes": (2 * num_transfers + 2) * PROBE.geometry.slot_bytes,
             "persist_slots": 1,
+            "donor_slots": 0,
             "store_io": "threads",
             "router": self._router.endpoint,
             "deadlines": {"stage_s": _FAR_S, "stuck_warning_s": _FAR_S},
