@@ -24,6 +24,7 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_dualpath import metrics
+from vllm_dualpath.connector.amx import permit_amx
 from vllm_dualpath.connector.batches import Batch, Batches, LayerSaves
 from vllm_dualpath.connector.copies import CopyEngine, CopyThread, Mark, copy_engine
 from vllm_dualpath.connector.loads import NO_KEY, AsyncLoads
@@ -87,6 +88,8 @@ class WorkerSide:
             geometry = replace(geometry, layout=f"{geometry.layout}/{caches.pages_split}")
         self._geometry = geometry
         self._layer_of = {name: layer for layer, name in enumerate(names)}
+        if caches.device.type == "cpu":
+            permit_amx()
         self._engine: CopyEngine = copy_engine(caches.device)
         self._reports = Reports(self._engine)
         self._thread = CopyThread()
