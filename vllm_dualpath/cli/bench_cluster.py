@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from dataclasses import replace
@@ -21,6 +20,7 @@ from vllm_dualpath.bench.comparison.settings import ComparisonPlan, Topology, pa
 from vllm_dualpath.bench.replay import TokenRange
 from vllm_dualpath.bench.testbed.commands import check_requirements
 from vllm_dualpath.bench.testbed.layout import parse_rate
+from vllm_dualpath.cli.output import write_json
 from vllm_dualpath.errors import ConfigError
 
 _DEFAULT = ComparisonPlan()
@@ -97,12 +97,13 @@ def cluster(
             logs,
             say,
         )
-        _write(json_path, json.dumps(found, indent=1) + "\n")
+        write_json(json_path, found)
         Console().print_json(data=found["highest_agents_per_s"])
         return
     comparison = compare(plan, logs, say)
-    _write(json_path, json.dumps(comparison_json(comparison), indent=1) + "\n")
-    _write(html_path, comparison_page(comparison))
+    write_json(json_path, comparison_json(comparison))
+    if html_path is not None:
+        html_path.write_text(comparison_page(comparison), encoding="utf-8")
     Console().print(comparison_table(comparison))
     raise typer.Exit(0 if comparison.exact else 1)
 
@@ -110,8 +111,3 @@ def cluster(
 def _say(console: Console) -> Say:
     start_s = time.monotonic()
     return lambda line: console.print(f"[{time.monotonic() - start_s:6.1f} s] {line}", markup=False)
-
-
-def _write(path: Path | None, text: str) -> None:
-    if path is not None:
-        path.write_text(text, encoding="utf-8")

@@ -17,6 +17,7 @@ from vllm_dualpath.messages import (
     PagesGood,
     Peer,
     Reserve,
+    SegmentSpec,
     Stage,
     StopQuery,
     WriterStopped,
@@ -291,19 +292,17 @@ class Transfer(Part):
             may_write = list(self.peers) if self._uncertain else []
         return [peer for peer in may_write if peer.boot_id not in self._stopped]
 
+    def _segments_of(self, reader: Peer) -> list[SegmentSpec]:
+        assert self._stage is not None
+        return [each for each in self._stage.segments if each.reader == reader.engine_id]
+
     def _readers(self, candidates: Sequence[Peer]) -> list[Peer]:
         """Those of them that read for this transfer."""
-        assert self._stage is not None
-        names = {segment.reader for segment in self._stage.segments}
-        return [peer for peer in candidates if peer.engine_id in names]
+        return [peer for peer in candidates if self._segments_of(peer)]
 
     def _reads_beyond_cut(self, donor: Peer) -> bool:
         """Whether a block of this donor was cut off the hit."""
-        assert self._stage is not None
-        return any(
-            segment.reader == donor.engine_id and segment.last_block > self._limit
-            for segment in self._stage.segments
-        )
+        return any(segment.last_block > self._limit for segment in self._segments_of(donor))
 
     def _needs(self, donor: Peer) -> bool:
         """Whether a donor's part is not all here. Before ``Stage`` nobody's is."""
@@ -311,8 +310,7 @@ class Transfer(Part):
             return True
         return any(
             not self._has_block(block)
-            for segment in self._stage.segments
-            if segment.reader == donor.engine_id
+            for segment in self._segments_of(donor)
             for block in range(segment.first_block, min(segment.last_block, self._limit))
         )
 

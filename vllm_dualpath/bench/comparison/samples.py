@@ -8,8 +8,8 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
+from vllm_dualpath.bench.mover.machine import cpu_times
 from vllm_dualpath.bench.testbed.counters import Nic, NicBytes, NicCounters
 from vllm_dualpath.errors import LaunchError
 
@@ -17,8 +17,9 @@ PERIOD_S = 0.2
 
 _TICKS_S = 1 / os.sysconf("SC_CLK_TCK")
 _JOIN_S = 5.0
-# Columns of the first line of /proc/stat.
+# Of ``cpu_times``; what follows these, time of guests, is in the others too.
 _IDLE, _IOWAIT, _STEAL = 3, 4, 7
+_NUM_STATES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +67,7 @@ class Sampler:
 
 def _cpu() -> tuple[float, float]:
     """Seconds in which a core was busy, and was taken away, since boot."""
-    first = Path("/proc/stat").read_text("ascii").split("\n", 1)[0]
-    ticks = [int(column) for column in first.split()[1:9]]
+    ticks = cpu_times()[:_NUM_STATES]
     busy = sum(ticks) - ticks[_IDLE] - ticks[_IOWAIT] - ticks[_STEAL]
     return busy * _TICKS_S, ticks[_STEAL] * _TICKS_S
 
