@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from vllm_dualpath.blocks import Geometry
 from vllm_dualpath.errors import ConfigError
@@ -345,15 +346,19 @@ def _parse(model: type[_ModelT], values: Mapping[str, Any], where: str) -> _Mode
     try:
         return model.model_validate(dict(values))
     except ValidationError as exc:
-        lines = [
-            f"  {'.'.join(str(part) for part in error['loc']) or '(all)'}: {error['msg']}"
-            f" (found {_short(error['input'])})"
-            for error in exc.errors()
-        ]
-        known = ", ".join(sorted(model.model_fields))
-        raise ConfigError(
-            f"{where}: {len(lines)} problem(s)\n" + "\n".join(lines) + f"\n  known keys: {known}"
-        ) from exc
+        errors = exc.errors()
+        lines = [_line(error) for error in errors]
+        if any(error["type"] == "extra_forbidden" for error in errors):
+            lines.append(f"  known keys: {', '.join(sorted(model.model_fields))}")
+        raise ConfigError("\n".join([f"{where}: {len(errors)} problem(s)", *lines])) from exc
+
+
+def _line(error: ErrorDetails) -> str:
+    """One problem; of keys that do not fit together the message itself says what was found."""
+    if not error["loc"]:
+        return f"  {error['msg']}"
+    key = ".".join(str(part) for part in error["loc"])
+    return f"  {key}: {error['msg']} (found {_short(error['input'])})"
 
 
 def _short(value: object) -> str:

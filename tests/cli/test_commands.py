@@ -36,6 +36,9 @@ def run(*arguments: str) -> int:
         (["serve", "M", "--store", "file:///kv", "--config-json", "[1]"], "JSON object"),
         (["serve", "M", "--store", "file:///kv", "--kv-transfer-config={}"], "config-json"),
         (["up", "--model", "M", "--store", "file:///nonexistent"], "mkdir"),
+        (["up", "--model", "/nonexistent", "--store", "file:///kv"], "/nonexistent does not exist"),
+        (["up", "--model", "/usr", "--store", "file:///kv"], "config.json"),
+        (["serve", "/nonexistent", "--store", "file:///kv"], "/nonexistent does not exist"),
         (["model", "tiny", "--vocab", "3", "--out", "/nonexistent"], "vocab"),
         (["bench", "replay", "--append", "9-5"], "append"),
         (["profile", "M", "--out", "/nonexistent/p.json"], "found no /nonexistent"),
@@ -53,6 +56,26 @@ def test_wrong_configuration_is_one_message_and_exit_code_2(
     assert words in captured.err
     assert "Traceback" not in captured.err
     assert captured.out == ""
+
+
+def test_up_says_that_its_port_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    """Before any engine is started, and with the flag that names another."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
+        assert run("up", "--model", "M", "--store", "file:///kv", "--port", port) == 2
+    assert f"--port: expected a port of 127.0.0.1 that is free, found {port}" in (
+        capsys.readouterr().err
+    )
+
+
+def test_keys_are_listed_only_for_an_unknown_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever mistyped a value is not shown every key there is."""
+    run("router", "--mode", "duall")
+    assert "known keys" not in capsys.readouterr().err
+    run("serve", "M", "--store", "file:///kv", "--config-json", '{"stor": 1}')
+    assert "known keys: " in capsys.readouterr().err
 
 
 def test_version_and_help() -> None:

@@ -57,6 +57,10 @@ async def served_model(session: aiohttp.ClientSession, url: str) -> str:
             if response.status != 200:
                 raise RequestError(f"{url}/v1/models: HTTP {response.status}; name it: --model")
             return str((await response.json())["data"][0]["id"])
+    except aiohttp.ClientConnectionError as exc:
+        raise RequestError(
+            f"no server answers at {url}/v1/models: {exc}; start one, or name another address"
+        ) from exc
     except (aiohttp.ClientError, KeyError, IndexError, ValueError) as exc:
         raise RequestError(f"{url}/v1/models: no answer that names a model: {exc!r}") from exc
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from vllm_dualpath.errors import ConfigError
+
+_MODEL_FILES = ("config.json", "params.json")
+"""What vLLM opens first: of a model in Hugging Face's form, in Mistral's."""
+_PATH_STARTS = ("/", "./", "../", "~")
 
 StagingBytes = Annotated[
     int | None, typer.Option("--staging-bytes", help="Staging memory of each engine's mover.")
@@ -33,6 +38,18 @@ def extra_config(
     if block_tokens is not None:
         config["block_tokens"] = block_tokens
     return config
+
+
+def check_model(model: str) -> None:
+    """Raise ``ConfigError`` for a directory without a model, which vLLM finds out late.
+
+    A name, which vLLM looks up, is left to it.
+    """
+    path = Path(model)
+    if path.is_dir() and not any((path / name).is_file() for name in _MODEL_FILES):
+        raise ConfigError(f"model: expected one of {', '.join(_MODEL_FILES)} in {path}, found none")
+    if model.startswith(_PATH_STARTS) and not path.exists():
+        raise ConfigError(f"model: {model} does not exist; expected a model's directory or name")
 
 
 def parse_object(text: str, flag: str) -> dict[str, Any]:

@@ -9,7 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from vllm_dualpath.bench.vllm_command import connector_command
-from vllm_dualpath.cli.engine_flags import BlockTokens, ConfigJson, StagingBytes, extra_config
+from vllm_dualpath.cli.engine_flags import (
+    BlockTokens,
+    ConfigJson,
+    StagingBytes,
+    check_model,
+    extra_config,
+)
 from vllm_dualpath.config import parse_engine_config
 from vllm_dualpath.errors import ConfigError
 from vllm_dualpath.storage.posix import root_of
@@ -45,6 +51,7 @@ def serve(
     config = {**given, **extra_config(staging_bytes, block_tokens, config_json)}
     if any(arg.partition("=")[0] == "--kv-transfer-config" for arg in context.args):
         raise ConfigError("serve writes --kv-transfer-config itself: use its flags, --config-json")
+    check_model(model)
     # vLLM would find out only after it has loaded the model.
     root_of(parse_engine_config(config).store)
     command = connector_command(model, config, context.args)

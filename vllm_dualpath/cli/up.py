@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import threading
 from pathlib import Path
 from types import FrameType
@@ -11,8 +12,16 @@ from typing import Annotated
 import typer
 
 from vllm_dualpath.bench.cluster import ClusterSpec, LocalCluster
-from vllm_dualpath.cli.engine_flags import BlockTokens, ConfigJson, StagingBytes, extra_config
+from vllm_dualpath.bench.vllm_command import HOST
+from vllm_dualpath.cli.engine_flags import (
+    BlockTokens,
+    ConfigJson,
+    StagingBytes,
+    check_model,
+    extra_config,
+)
 from vllm_dualpath.config import parse_router_config
+from vllm_dualpath.errors import ConfigError
 
 _LOOK_S = 0.5
 
@@ -48,6 +57,8 @@ def up(
     Engines share no GPU where there are enough; on a host without, vLLM's CPU backend is used.
     """
     checked_mode = parse_router_config({"mode": mode}).mode
+    check_model(model)
+    check_port(port)
     spec = ClusterSpec(
         model,
         store,
@@ -62,6 +73,20 @@ def up(
         start_timeout_s=start_timeout,
     )
     raise typer.Exit(run_cluster(LocalCluster(spec), status_json, stop_event()))
+
+
+def check_port(port: int) -> None:
+    """Raise ``ConfigError`` if the router could not listen on this port of loopback."""
+    with socket.socket() as probe:
+        # As a server does: connections of one that has just ended do not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except (OSError, OverflowError) as exc:
+            raise ConfigError(
+                f"--port: expected a port of {HOST} that is free, found {port}: {exc}; end what"
+                " listens there or choose another"
+            ) from exc
 
 
 def stop_event() -> threading.Event:
@@ -106,8 +131,9 @@ def _watch(cluster: LocalCluster, stop: threading.Event) -> int:
             if process.name not in reported:
                 reported.add(process.name)
                 typer.echo(
-                    f"WARNING: {process.name} (pid {process.pid}) ended with exit code"
-                    f" {process.exit_code}; see {process.log_path}",
+                    f"WARNING: {process.name} (pid {process.pid}) ended on its own, exit code"
+                    f" {process.exit_code}; up does not start it again: see {process.log_path},"
+                    " then end up with Ctrl-C and start it anew",
                     err=True,
                 )
     return 1 if reported else 0
