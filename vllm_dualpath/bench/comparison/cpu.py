@@ -14,6 +14,9 @@ _KINDS = (
     ("engines", "VLLM::"),
     ("engines' servers", "vllm.entrypoints"),
     ("router", "vllm_dualpath.cli"),
+    ("baselines' servers", "lmcache"),
+    ("baselines' servers", "mooncake_master"),
+    ("router", "vllm-router"),
     ("storage server", "glusterfsd"),
     ("storage clients", "glusterfs"),
 )

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_dualpath.bench.comparison.measures import Run
-from vllm_dualpath.bench.comparison.session import Say, Session
-from vllm_dualpath.bench.comparison.settings import ComparisonPlan
+from vllm_dualpath.bench.comparison.session import Session
+from vllm_dualpath.bench.comparison.settings import CompareMode, ComparisonPlan, Say
 from vllm_dualpath.bench.statistics import percentile
-from vllm_dualpath.config import Mode
 from vllm_dualpath.errors import ConfigError
 
 _SHARE = 0.9
@@ -93,7 +92,7 @@ def arrivals(plan: ComparisonPlan, agents_per_s: float) -> tuple[float, ...]:
 def search(
     session: Session,
     plan: ComparisonPlan,
-    modes: tuple[Mode, ...],
+    modes: Sequence[CompareMode],
     rates: RateRange,
     limits: Limits,
     say: Say,
@@ -103,7 +102,7 @@ def search(
     for mode in modes:
         tried: list[dict[str, Any]] = []
 
-        def within(rate: float, mode: Mode = mode, tried: list[Any] = tried) -> bool:
+        def within(rate: float, mode: CompareMode = mode, tried: list[Any] = tried) -> bool:
             replay_plan = plan.replay_plan(arrivals(plan, rate))
             run = session.run(mode, len(tried), replay_plan)
             kept, seen = limits.kept_by(run), observed(run)

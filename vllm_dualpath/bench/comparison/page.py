@@ -26,6 +26,9 @@ _COLOURS = {
     "split": "#519e3e",
     "pool": "#c4582f",
     "oracle": "#b8a04a",
+    "nixl": "#6d5a9c",
+    "nixl_lmcache": "#a05c8e",
+    "nixl_mooncake": "#4a9a94",
 }
 _ROLES = {"prefill": "#b03a2e", "decode": "#2e6da4"}
 _STYLE = (
@@ -78,7 +81,15 @@ def _question(comparison: Comparison) -> str:
 def _verdict(comparison: Comparison) -> str:
     compared = "plain vLLM's" if comparison.reference else "those of the first run"
     exact = f"every answer equals {compared}" if comparison.exact else f"NOT all equal {compared}"
-    return f"exact: {exact}, token by token ({len(comparison.runs)} runs)"
+    failures = [line for found in comparison.topologies for line in found.failures]
+    failed = sum(run.result.num_failed for run in comparison.runs)
+    return (
+        f"exact: {exact}, token by token ({len(comparison.runs)} runs, {failed} requests failed)"
+        + {None: "", True: "; the baselines' too", False: "; NOT all of the baselines'"}[
+            comparison.baselines_exact
+        ]
+        + "".join(f"; no run: {line.splitlines()[0]}" for line in failures)
+    )
 
 
 def _rows(comparison: Comparison) -> list[tuple[str, ...]]:
@@ -95,7 +106,7 @@ def _row(found: TopologyResult, mode: str) -> tuple[str, ...]:
         str(found.topology),
         mode,
         _number(median(run.result.jct_s for run in runs), ".1f"),
-        _number(statistics.median(found.ratios(mode)), ".2f"),
+        _number(found.ratio(mode), ".2f"),
         _number(found.topology.ideal, ".2f"),
         _number(found.bound(), ".2f"),
         *_latencies(runs),
@@ -134,8 +145,8 @@ def _jct_bars(comparison: Comparison, found: TopologyResult) -> str:
     shown = []
     for mode in found.modes:
         jct_s = statistics.median(run.result.jct_s for run in found.of(mode))
-        ratio = statistics.median(found.ratios(mode))
-        shown.append(Bar(mode, jct_s, f"{jct_s:.1f} s, {ratio:.2f}x", _COLOURS[mode]))
+        ratio = _number(found.ratio(mode), ".2f")
+        shown.append(Bar(mode, jct_s, f"{jct_s:.1f} s, {ratio}x", _COLOURS[mode]))
     if comparison.reference is not None:
         jct_s = comparison.reference.result.jct_s
         shown.append(Bar("oracle", jct_s, f"{jct_s:.1f} s", _COLOURS["oracle"]))

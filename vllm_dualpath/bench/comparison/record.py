@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from vllm_dualpath.bench.baselines.environments import BASELINES, REQUIREMENTS
 from vllm_dualpath.bench.comparison.machine import describe
 from vllm_dualpath.bench.comparison.measures import Run, RunUse, hit_bytes, run_json
 from vllm_dualpath.bench.comparison.settings import BASE_MODE, ComparisonPlan, Topology
@@ -22,6 +23,8 @@ class TopologyResult:
     runs: tuple[Run, ...]
     recompute_ttft_s: tuple[float, ...]
     unshaped_read_bytes_per_s: float
+    failures: tuple[str, ...] = ()
+    """Runs of baselines that came to nothing, and why."""
 
     def of(self, mode: str) -> list[Run]:
         """A mode's runs, by repeat."""
@@ -33,11 +36,16 @@ class TopologyResult:
         return list(dict.fromkeys(run.mode for run in self.runs))
 
     def ratios(self, mode: str) -> list[float]:
-        """JCT of the base mode over the mode's, repeat by repeat."""
-        return [
-            base.result.jct_s / run.result.jct_s
-            for base, run in zip(self.of(BASE_MODE), self.of(mode), strict=True)
-        ]
+        """JCT of the base mode over the mode's, repeat by repeat. Runs with failed requests do
+        not count: they did less.
+        """
+        base = {run.repeat: run.result.jct_s for run in self.of(BASE_MODE)}
+        whole = [run for run in self.of(mode) if not run.result.num_failed]
+        return [base[run.repeat] / run.result.jct_s for run in whole]
+
+    def ratio(self, mode: str) -> float | None:
+        """Their median; ``None`` if no run is whole."""
+        return median(self.ratios(mode))
 
     def alone_ratio(self, mode: str) -> float | None:
         """TTFT of one request alone over the base mode's."""
@@ -74,9 +82,24 @@ class Comparison:
 
     @property
     def exact(self) -> bool:
-        """Every answer of every run is that of the reference; without one, of the first run."""
-        runs = [*([self.reference] if self.reference else []), *self.runs]
-        return all_equal(runs)
+        """Every answer of every run of ours is that of the reference; without one, of the first
+        run.
+        """
+        return all_equal([*self._reference, *(run for run in self.runs if not _foreign(run))])
+
+    @property
+    def baselines_exact(self) -> bool | None:
+        """The same of the baselines' runs; ``None`` without any."""
+        foreign = [run for run in self.runs if _foreign(run)]
+        return all_equal([*self._reference, *self.runs[:1], *foreign]) if foreign else None
+
+    @property
+    def _reference(self) -> list[Run]:
+        return [self.reference] if self.reference else []
+
+
+def _foreign(run: Run) -> bool:
+    return run.mode in BASELINES
 
 
 def all_equal(runs: Sequence[Run]) -> bool:
@@ -91,12 +114,15 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
     """The report of ``bench cluster --json``."""
     return {
         "ratios": {
-            str(found.topology): {
-                mode: statistics.median(found.ratios(mode)) for mode in found.modes
-            }
+            str(found.topology): {mode: found.ratio(mode) for mode in found.modes}
             for found in comparison.topologies
         },
         "exact": comparison.exact,
+        "baselines_exact": comparison.baselines_exact,
+        "baselines": {
+            name: str(REQUIREMENTS[name]) for name in BASELINES if name in comparison.plan.modes
+        },
+        "failures": [line for found in comparison.topologies for line in found.failures],
         "alone_ttft_ratios": {
             str(found.topology): {mode: found.alone_ratio(mode) for mode in found.modes}
             for found in comparison.topologies
@@ -127,7 +153,8 @@ def plan_json(plan: ComparisonPlan) -> dict[str, Any]:
 def regime(plan: ComparisonPlan, found: TopologyResult) -> dict[str, float | None]:
     """Whether the figures mean what they are to mean; see docs/testbed.md."""
     base = found.of(BASE_MODE)
-    uses = [RunUse(run, found.spec) for run in found.runs]
+    ours = [run for run in found.runs if not _foreign(run)]
+    uses = [RunUse(run, found.spec) for run in ours]
     base_uses = [RunUse(run, found.spec) for run in base]
     recompute_s = median(found.recompute_ttft_s)
     hit_s = median(time for run in base for time in run.alone_ttft_s)
@@ -152,8 +179,7 @@ def regime(plan: ComparisonPlan, found: TopologyResult) -> dict[str, float | Non
         "unshaped_read_bytes_per_s": found.unshaped_read_bytes_per_s,
         # 1 or more: each byte of a hit crossed some storage NIC.
         "read_bytes_over_hit_bytes": median(
-            use.read_bytes() / hit_bytes(plan, run)
-            for use, run in zip(uses, found.runs, strict=True)
+            use.read_bytes() / hit_bytes(plan, run) for use, run in zip(uses, ours, strict=True)
         ),
     }
 

@@ -9,20 +9,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vllm_dualpath.bench.comparison.baseline_runs import DEFAULT_BASELINE_DIR, is_baseline
 from vllm_dualpath.bench.comparison.measures import Run
 from vllm_dualpath.bench.comparison.online import Limits, RateRange, search
 from vllm_dualpath.bench.comparison.record import Comparison, TopologyResult, plan_json
 from vllm_dualpath.bench.comparison.reference import run_reference
-from vllm_dualpath.bench.comparison.session import Say, Session
-from vllm_dualpath.bench.comparison.settings import CompareMode, ComparisonPlan, Topology
+from vllm_dualpath.bench.comparison.session import Session
+from vllm_dualpath.bench.comparison.settings import CompareMode, ComparisonPlan, Say, Topology
 from vllm_dualpath.bench.tiny_model import write_tiny_model
-from vllm_dualpath.config import Mode
+from vllm_dualpath.errors import LaunchError, RequestError
 
 Around = Callable[[], AbstractContextManager[object]]
 
 
 def compare(
-    plan: ComparisonPlan, log_dir: Path, say: Say, around_run: Around = nullcontext
+    plan: ComparisonPlan,
+    log_dir: Path,
+    say: Say,
+    around_run: Around = nullcontext,
+    baseline_dir: Path = DEFAULT_BASELINE_DIR,
 ) -> Comparison:
     """Run all of ``plan``. ``around_run`` is entered around every measured run.
 
@@ -36,7 +41,7 @@ def compare(
             say("oracle and reference: one plain vLLM")
             reference = run_reference(plan, model, log_dir)
         found = tuple(
-            compare_on(plan, topology, model, log_dir, say, around_run)
+            compare_on(plan, topology, model, log_dir, say, around_run, baseline_dir)
             for topology in plan.topologies
         )
     return Comparison(plan, reference, found)
@@ -49,23 +54,38 @@ def compare_on(
     log_dir: Path,
     say: Say,
     around_run: Around = nullcontext,
+    baseline_dir: Path = DEFAULT_BASELINE_DIR,
 ) -> TopologyResult:
-    """All modes on one topology, interleaved."""
-    with Session(plan, topology, model, log_dir, say) as session:
+    """All modes on one topology, interleaved. A baseline that does not run is a failure told."""
+    with Session(plan, topology, model, log_dir, say, baseline_dir=baseline_dir) as session:
         runs: list[Run] = []
+        failures: list[str] = []
         for repeat in range(plan.repeats):
             for mode in order(plan.modes, repeat):
-                with around_run():
-                    run = session.run(mode, repeat)
+                try:
+                    with around_run():
+                        run = session.run(mode, repeat)
+                except (LaunchError, RequestError) as exc:
+                    if not is_baseline(mode):
+                        raise
+                    failures.append(f"{mode}, repeat {repeat}: {exc}")
+                    say(failures[-1])
+                    continue
                 runs.append(run)
-                say(f"{topology} {mode}, repeat {repeat}: JCT {run.result.jct_s:.1f} s")
+                say(_outcome(run))
         return TopologyResult(
             topology,
             session.spec,
             tuple(sorted(runs, key=lambda run: (plan.modes.index(run.mode), run.repeat))),
             tuple(session.recompute_ttft_s),
             session.unshaped_read_bytes_per_s,
+            tuple(failures),
         )
+
+
+def _outcome(run: Run) -> str:
+    failed = f", {run.result.num_failed} requests FAILED" if run.result.num_failed else ""
+    return f"{run.topology} {run.mode}, repeat {run.repeat}: JCT {run.result.jct_s:.1f} s{failed}"
 
 
 def search_rates(
@@ -91,7 +111,7 @@ def search_rates(
     }
 
 
-def order(modes: tuple[CompareMode, ...], repeat: int) -> list[Mode]:
+def order(modes: tuple[CompareMode, ...], repeat: int) -> list[CompareMode]:
     """The modes of one repeat: forwards and backwards in turn, so that drift hits all alike."""
-    cluster_modes = [mode for mode in modes if mode != "oracle"]
+    cluster_modes: list[CompareMode] = [mode for mode in modes if mode != "oracle"]
     return cluster_modes if repeat % 2 == 0 else cluster_modes[::-1]

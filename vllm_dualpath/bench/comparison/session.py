@@ -12,18 +12,29 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from vllm_dualpath.bench.cluster import ClusterSpec, LocalCluster
+from vllm_dualpath.bench.comparison.baseline_runs import (
+    DEFAULT_BASELINE_DIR,
+    BaselineRuns,
+    compute_contexts,
+    is_baseline,
+)
 from vllm_dualpath.bench.comparison.cpu import cpu_by_kind
 from vllm_dualpath.bench.comparison.measures import Run
 from vllm_dualpath.bench.comparison.samples import Sampler, Timeline
 from vllm_dualpath.bench.comparison.settings import (
     BLOCK_TOKENS,
+    CompareMode,
     ComparisonPlan,
+    Say,
     Topology,
+    engine_args,
+    engine_env,
 )
 from vllm_dualpath.bench.comparison.stored import StoredBlocks
-from vllm_dualpath.bench.completion import complete, open_session, served_model
+from vllm_dualpath.bench.completion import complete, open_session
 from vllm_dualpath.bench.replay import ReplayPlan, ReplayResult, replay
 from vllm_dualpath.bench.testbed import lifecycle, network
 from vllm_dualpath.bench.testbed.counters import NicCounters
@@ -37,24 +48,6 @@ from vllm_dualpath.errors import LaunchError
 _STORED_S = 120.0
 _QUIET_S = 60.0
 _POLL_S = 0.1
-_PREFILL_TOKENS_A_STEP = 8192
-
-Say = Callable[[str], None]
-
-
-def engine_args(plan: ComparisonPlan) -> tuple[str, ...]:
-    """Arguments of vLLM, the same for every engine and the reference."""
-    caching = "--enable-prefix-caching" if plan.prefix_caching else "--no-enable-prefix-caching"
-    return (
-        *("--dtype", plan.model.dtype, "--max-model-len", str(plan.longest + 1)),
-        *("--block-size", str(BLOCK_TOKENS)),
-        *("--max-num-batched-tokens", str(_PREFILL_TOKENS_A_STEP), caching),
-    )
-
-
-def engine_env(plan: ComparisonPlan) -> dict[str, str]:
-    """Environment of vLLM, the same for every engine and the reference."""
-    return {"VLLM_CPU_KVCACHE_SPACE": str(plan.kv_cache_gib)}
 
 
 class Session:
@@ -68,6 +61,7 @@ class Session:
         log_dir: Path,
         say: Say,
         testbed: str = "bench",
+        baseline_dir: Path = DEFAULT_BASELINE_DIR,
     ) -> None:
         self.topology = topology
         self.spec = TestbedSpec(
@@ -87,6 +81,7 @@ class Session:
         self._stored = StoredBlocks(mount_point(testbed, "prefill-0"))
         self._model = model
         self._log_dir = log_dir
+        self._baselines = BaselineRuns(plan, self.spec, model, log_dir, baseline_dir, say)
 
     def _cluster_spec(self) -> ClusterSpec:
         env = engine_env(self._plan)
@@ -128,33 +123,35 @@ class Session:
         self._cluster = LocalCluster(self._cluster_spec())
         self._stack.enter_context(self._cluster)
         self._say(f"{self.topology}: contexts of {self._plan.agents} agents, not shaped yet")
-        asyncio.run(self._store_contexts())
+        self._store_contexts()
         self.unshaped_read_bytes_per_s = measure_unshaped_read(self.spec)
         network.shape(self.spec)
 
-    async def _store_contexts(self) -> None:
+    def _store_contexts(self) -> None:
         """Compute each context once, alone; wait until all of them are stored."""
-        url, contexts = self._cluster.url, self._plan.contexts()
-        async with open_session() as session:
-            name = await served_model(session, url)
-            for context in contexts:
-                await complete(session, url, name, context, 1)
-        blocks = len(contexts) * self._plan.context // BLOCK_TOKENS
-        self._stored.wait_for(blocks, _STORED_S)
+        asyncio.run(compute_contexts(self._cluster.url, str(self._model), self._plan.contexts()))
+        self._stored.wait_for(self._plan.context_blocks, _STORED_S)
         self._wait_quiet()
         self._stored.keep()
 
-    def run(self, mode: Mode, repeat: int, plan: ReplayPlan | None = None) -> Run:
+    def run(self, mode: CompareMode, repeat: int, plan: ReplayPlan | None = None) -> Run:
         """Measure one mode from the same start as every other. Raises ``LaunchError``."""
-        self.start_mode(mode)
-        alone = [self._alone() for _ in range(self._plan.num_alone)]
-        if alone and not self.recompute_ttft_s:
+        if is_baseline(mode):
+            self._wait_quiet()
+            with self._baselines.started(mode) as url:
+                return self._measure(url, mode, repeat, plan)
+        self.start_mode(cast(Mode, mode))
+        if self._plan.num_alone and not self.recompute_ttft_s:
             self.recompute_ttft_s.append(asyncio.run(self._compute_unseen()))
             self._wait_quiet()
+        return self._measure(self._cluster.url, mode, repeat, plan)
+
+    def _measure(self, url: str, mode: CompareMode, repeat: int, plan: ReplayPlan | None) -> Run:
+        alone = [self._alone(url) for _ in range(self._plan.num_alone)]
         used_before = cpu_by_kind(self.spec.name)
         with Sampler(self._counters) as sampler:
             start_s = time.perf_counter()
-            result = self._replay(plan or self._plan.replay_plan())
+            result = self._replay(url, plan or self._plan.replay_plan())
             # The replay's own clock starts when it knows the model, a request later.
             start_s = max(start_s, time.perf_counter() - result.jct_s)
         used = cpu_by_kind(self.spec.name)
@@ -178,21 +175,20 @@ class Session:
         self._cluster.restart_router(mode)
         self._wait(self._knows_store, "the router does not know what is stored")
 
-    def _replay(self, plan: ReplayPlan) -> ReplayResult:
-        return asyncio.run(replay(self._cluster.url, plan))
+    def _replay(self, url: str, plan: ReplayPlan) -> ReplayResult:
+        return asyncio.run(replay(url, plan, str(self._model)))
 
-    def _alone(self) -> float:
+    def _alone(self, url: str) -> float:
         """Time to first token of one agent's first turn, nobody else there."""
-        result = self._replay(replace(self._plan.replay_plan(), agents=1, turns=1))
+        result = self._replay(url, replace(self._plan.replay_plan(), agents=1, turns=1))
         if result.num_failed:
             raise LaunchError(f"a request on the idle cluster failed: {result.records[0].error}")
         return result.completions[0].ttft_s
 
     async def _compute_unseen(self) -> float:
+        context, model = self._plan.unseen_context(), str(self._model)
         async with open_session() as session:
-            name = await served_model(session, self._cluster.url)
-            context = self._plan.unseen_context()
-            return (await complete(session, self._cluster.url, name, context, 1)).ttft_s
+            return (await complete(session, self._cluster.url, model, context, 1)).ttft_s
 
     def _knows_store(self) -> bool:
         index = self._cluster.status()["index"]

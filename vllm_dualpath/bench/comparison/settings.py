@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
@@ -10,11 +11,18 @@ from vllm_dualpath.bench.replay import ReplayPlan, TokenRange
 from vllm_dualpath.bench.tiny_model import TinyModel
 from vllm_dualpath.errors import ConfigError
 
-CompareMode = Literal["prefill_only", "dual", "split", "pool", "oracle"]
+CompareMode = Literal[
+    "prefill_only", "dual", "split", "pool", "oracle", "nixl", "nixl_lmcache", "nixl_mooncake"
+]
+"""Our read modes, one plain engine as the floor, and the baselines of ``bench.baselines``."""
+Say = Callable[[str], None]
+"""Where progress goes, a line each."""
+
 BASE_MODE: CompareMode = "prefill_only"
 
 BLOCK_TOKENS = 64
 _PARTIAL_TOKENS = BLOCK_TOKENS
+_PREFILL_TOKENS_A_STEP = 8192
 _TOPOLOGY = re.compile(r"(\d+)P(\d+)D")
 
 
@@ -84,6 +92,8 @@ class ComparisonPlan:
     storage_rate: int | None = 250 * 10**6
     compute_rate: int | None = 1600 * 10**6
     prefix_caching: bool = False
+    pool_share: float = 0.25
+    """Of all agents' KV, what a baseline that keeps KV in memory (Mooncake) has room for."""
     seed: int = 0
     model: TinyModel = field(default_factory=default_model)
 
@@ -97,6 +107,8 @@ class ComparisonPlan:
             )
         if min(self.repeats, self.agents, self.turns) < 1 or self.turns < 2:
             problems.append("repeats and agents: at least 1; turns: at least 2")
+        if self.pool_share <= 0:
+            problems.append(f"pool_share: expected more than 0, found {self.pool_share}")
         if self.longest > self.model.max_len:
             problems.append(
                 f"a conversation of {self.longest} tokens; the model takes {self.model.max_len}"
@@ -127,6 +139,11 @@ class ComparisonPlan:
         blocks = self.agents * (self.longest // BLOCK_TOKENS + 2) + _PARTIAL_TOKENS
         return blocks * (BLOCK_TOKENS * self.bytes_per_token + 8192)
 
+    @property
+    def pool_bytes(self) -> int:
+        """Memory of such a baseline, on all prefill nodes together."""
+        return int(self.pool_share * self.agents * self.longest * self.bytes_per_token)
+
     def replay_plan(self, arrivals_s: tuple[float, ...] = ()) -> ReplayPlan:
         """The agents; the first turn's append holds the context."""
         return ReplayPlan(
@@ -139,6 +156,11 @@ class ComparisonPlan:
             arrivals_s=arrivals_s,
         )
 
+    @property
+    def context_blocks(self) -> int:
+        """Blocks that all agents' contexts have together."""
+        return self.agents * self.context // BLOCK_TOKENS
+
     def unseen_context(self) -> tuple[int, ...]:
         """As long as the agents', and like none of theirs."""
         plan = replace(self.replay_plan(), seed=self.seed + 1)
@@ -148,3 +170,18 @@ class ComparisonPlan:
         """What the store holds of each agent before a run."""
         plan = self.replay_plan()
         return [tuple(plan.appends(idx)[0][: self.context]) for idx in range(self.agents)]
+
+
+def engine_args(plan: ComparisonPlan) -> tuple[str, ...]:
+    """Arguments of vLLM, the same for every engine, the reference and the baselines."""
+    caching = "--enable-prefix-caching" if plan.prefix_caching else "--no-enable-prefix-caching"
+    return (
+        *("--dtype", plan.model.dtype, "--max-model-len", str(plan.longest + 1)),
+        *("--block-size", str(BLOCK_TOKENS)),
+        *("--max-num-batched-tokens", str(_PREFILL_TOKENS_A_STEP), caching),
+    )
+
+
+def engine_env(plan: ComparisonPlan) -> dict[str, str]:
+    """Environment of vLLM, the same for every engine, the reference and the baselines."""
+    return {"VLLM_CPU_KVCACHE_SPACE": str(plan.kv_cache_gib)}

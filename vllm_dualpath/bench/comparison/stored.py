@@ -15,10 +15,14 @@ _POLL_S = 0.2
 
 
 class StoredBlocks:
-    """The block files below ``directory``, seen through one node's mount."""
+    """The block files below ``directory``, seen through one node's mount.
 
-    def __init__(self, directory: Path) -> None:
+    Ours, or those that ``pattern`` finds.
+    """
+
+    def __init__(self, directory: Path, pattern: str | None = None) -> None:
         self._directory = directory
+        self._pattern = pattern
         self._kept: frozenset[Path] = frozenset()
 
     @property
@@ -46,6 +50,8 @@ class StoredBlocks:
             path.unlink()
 
     def _paths(self) -> list[Path]:
+        if self._pattern is not None:
+            return list(self._directory.glob(self._pattern))
         return [path for path in self._directory.glob("*/??/??/*") if _is_block(path.name)]
 
 
