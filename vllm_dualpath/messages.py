@@ -12,7 +12,8 @@ Decoding is strict: unknown types, missing or surplus fields and wrong types rai
 compared before anything else is believed.
 
 Version history: 1 - first. 2 - donors: ``Donate``; ``Reserve`` names them, ``Hello`` says how many
-slots there are for it, ``WriterStopped`` says who has stopped.
+slots there are for it, ``WriterStopped`` says who has stopped. 3 - ``Load``, ``Pong``, ``Hello``
+and ``Welcome`` count messages, so that one that was lost is noticed; ``Hello.registration``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import msgspec
 from vllm_dualpath.blocks import Geometry
 from vllm_dualpath.errors import ProtocolError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 MAX_MESSAGE_BYTES = 64 << 20
 
@@ -202,6 +203,8 @@ class Welcome(Message, frozen=True):
     heartbeat_s: float
     send_snapshot: bool
     """This mover shall send the store's content, then ``SnapshotEnd``."""
+    num_sent: Count = 0
+    """Messages sent to this mover in this registration, this one included."""
 
 
 class Refused(Message, frozen=True):
@@ -297,6 +300,10 @@ class Pong(Message, frozen=True):
     """
 
     router_boot_id: Id16
+    num_sent: Count = 0
+    """As in ``Welcome``; a mover that has heard another number has lost messages and says ``Hello``
+    again. 0: not counted.
+    """
 
 
 RouterMessage = (
@@ -334,6 +341,10 @@ class Hello(Message, frozen=True, kw_only=True):
     """Slots to read through for other engines' transfers; 0: it is no donor."""
     kv_tokens: Count = 0
     """Tokens that fit the engine's KV cache; 0: not known."""
+    registration: Count = 0
+    """Grows when the mover has ended its transfers and begins anew, though its boot id stays."""
+    num_sent: Count = 0
+    """Messages that this mover has sent so far, this one included; 0: not counted."""
 
 
 class Goodbye(Message, frozen=True):
@@ -346,6 +357,8 @@ class Load(Message, frozen=True):
     """The heartbeat."""
 
     stats: MoverStats
+    num_sent: Count = 0
+    """As in ``Hello``; if the router has heard another number, messages were lost."""
 
 
 class Reserved(Message, frozen=True):

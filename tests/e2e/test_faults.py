@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -188,6 +189,42 @@ def _expect_hits_again(
     assert llama.ask(prompt, 10).tokens == expected
     after = llama.drained()
     assert (after[0] - before[0]).external == (len(prompt) - 1) // 64 * 64
+
+
+@pytest.mark.parametrize("role", _ROLES)
+def test_a_control_connection_that_breaks(
+    llama: Deployment, llama_reference: Reference, role: str
+) -> None:
+    """What was sent meanwhile is lost, and nobody waits for it: long before any deadline."""
+    prompt = _warm(llama, llama_reference, f"connection breaks {role}")
+    mover = llama.mover_pid(role)
+    with ThreadPoolExecutor(1) as pool:
+        os.kill(mover, signal.SIGSTOP)
+        try:
+            _cut_connections_of(llama, mover)
+            answer = pool.submit(llama.ask, prompt, 10)
+            wait_until(lambda: bool(llama.transfers()), "an open transfer", 5)
+        finally:
+            os.kill(mover, signal.SIGCONT)
+        assert answer.result(timeout=30).tokens == llama_reference.tokens(prompt, 10)
+    llama.wait_registered()
+    assert llama.mover_pid(role) == mover
+    assert llama.drained()
+
+
+def _cut_connections_of(llama: Deployment, mover: int) -> None:
+    """Reset the mover's connection to the router, at the router's end."""
+    port = llama.control.rpartition(":")[2]
+    listed = subprocess.run(
+        ["ss", "-Htnp", "dport", "=", f":{port}"], capture_output=True, text=True, check=True
+    )
+    (line,) = (line for line in listed.stdout.splitlines() if f"pid={mover}," in line)
+    own_port = line.split()[3].rpartition(":")[2]
+    cut = subprocess.run(
+        ["ss", "-K", "-Htn", "dport", "=", f":{own_port}"], capture_output=True, text=True
+    )
+    if not cut.stdout.strip():
+        pytest.skip(f"this kernel or user may not reset a connection: {cut.stderr.strip()}")
 
 
 def test_router_killed_under_load(llama: Deployment, llama_reference: Reference) -> None:

@@ -46,6 +46,9 @@ class ScriptedRouter:
         self.hellos: dict[bytes, Hello] = {}
         self.num_hellos = 0
         self.loads: dict[bytes, Load] = {}
+        self.uncounted: dict[bytes, int] = {}
+        """With its last heartbeat: what a mover says to have sent, less what came here."""
+        self._num_heard: dict[bytes, int] = {}
         self._received: dict[bytes, list[MoverMessage]] = {}
 
     def send(self, mover: MoverProcess | bytes, message: RouterMessage) -> None:
@@ -60,6 +63,7 @@ class ScriptedRouter:
             self._take(identity, decode_mover_message(payload))
 
     def _take(self, identity: bytes, message: MoverMessage) -> None:
+        self._num_heard[identity] = self._num_heard.get(identity, 0) + 1
         if isinstance(message, Hello):
             self.hellos[identity] = message
             self.num_hellos += 1
@@ -70,6 +74,7 @@ class ScriptedRouter:
                 self.send(identity, welcome)
         elif isinstance(message, Load):
             self.loads[identity] = message
+            self.uncounted[identity] = message.num_sent - self._num_heard[identity]
             if not self.silent:
                 self.send(identity, Pong(self.boot_id))
         else:

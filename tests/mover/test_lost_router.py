@@ -10,6 +10,7 @@ import pytest
 
 from tests.mover.cluster import Cluster
 from tests.mover.material import WAIT_S, wait_for
+from tests.mover.scripted_engine import MoverProcess
 from tests.mover.scripted_router import ScriptedRouter
 from tests.mover.states import STATES, Run
 from vllm_dualpath.messages import Ended, Pong, TransferFailed, Welcome
@@ -119,6 +120,39 @@ def test_same_router_again(cluster: Cluster) -> None:
         assert not any(isinstance(each, Ended | TransferFailed) for each in waiting)
     run.end(drain=False)
     run.assert_ended()
+
+
+def test_a_message_that_was_lost(cluster: Cluster) -> None:
+    """A ``Pong`` counts more messages than came: everything ends, and the mover registers anew."""
+    run = Run(cluster)
+    run.ready()
+    before = {boot_id: hello.registration for boot_id, hello in cluster.router.hellos.items()}
+    cluster.router.hellos.clear()
+    for mover in (cluster.prefill, cluster.decode):
+        cluster.router.send(mover, Pong(cluster.router.boot_id, 1 << 40))
+        cluster.router.join(mover)
+        found = cluster.router.hellos[mover.boot_id].registration
+        assert found == before[mover.boot_id] + 1
+    run.release_all()
+    for mover in (cluster.prefill, cluster.decode):
+        cluster.wait_free(mover)
+        assert mover.engine.table.claim(run.transfer.key) is None
+
+
+def test_a_mover_counts_what_it_sends(cluster: Cluster) -> None:
+    """From one heartbeat to another the number grows by as many messages as came."""
+    before = {mover.boot_id: _uncounted(cluster, mover) for mover in cluster.movers}
+    run = Run(cluster)
+    run.ready()
+    run.end(drain=False)
+    run.assert_ended()
+    assert {mover.boot_id: _uncounted(cluster, mover) for mover in cluster.movers} == before
+
+
+def _uncounted(cluster: Cluster, mover: MoverProcess) -> int:
+    """What a mover has sent, less what this router has heard of it."""
+    cluster.router.expect_load(mover, lambda _load: True, "a heartbeat")
+    return cluster.router.uncounted[mover.boot_id]
 
 
 def test_messages_of_the_old_router(cluster: Cluster) -> None:

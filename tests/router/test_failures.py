@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import secrets
@@ -26,6 +27,7 @@ from vllm_dualpath.messages import (
     Message,
     MoverStats,
     PeerDied,
+    Pong,
     Refused,
     Reserve,
     SegmentDone,
@@ -376,6 +378,32 @@ async def test_client_leaves(moment: str) -> None:
         assert await count_of(harness, 'dualpath_router_requests_total{outcome="cancelled"}')
 
 
+async def test_a_client_that_leaves_a_stream_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    """Writing to a connection that closes ends the request as cancelled, without a traceback."""
+    async with pair() as harness:
+
+        async def stream(request: web.Request, _body: dict[str, Any]) -> web.StreamResponse:
+            response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+            await response.prepare(request)
+            with contextlib.suppress(ConnectionError):  # the router has closed it
+                while True:
+                    await response.write(b"data: {}\n\n" * 10_000)
+                    await asyncio.sleep(0)
+            return response
+
+        harness.d.server.behaviour = stream
+        for _ in range(5):
+            async with harness.client.post(
+                f"{harness.url}/v1/completions", json=body(stream=True)
+            ) as response:
+                assert await response.content.readany()
+                response.close()
+            await harness.idle()
+        assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+        _, text = await harness.get("/metrics")
+        assert 'dualpath_router_requests_total{outcome="cancelled"} 5.0' in text
+
+
 async def test_no_engine_is_a_503_with_a_reason() -> None:
     """Nobody there: requests and health say so after the configured wait."""
     async with Harness(engine_wait_s=0.1) as harness:
@@ -442,6 +470,52 @@ async def test_given_up_mover_is_told_to_start_anew() -> None:
         harness.p.say(harness.p.hello())
         await harness.until(lambda: harness.serving("p"))
         assert harness.p.of(Welcome)[-1].router_boot_id == told
+
+
+async def test_a_message_of_a_mover_that_was_lost() -> None:
+    """A heartbeat counts more messages than came: its transfers end, here and at the mover."""
+    async with pair(engine_wait_s=5) as harness:
+        harness.d.script = lambda message: isinstance(message, Reserve)
+        call = asyncio.ensure_future(harness.post(body()))
+        await harness.until(lambda: bool(harness.d.of(Reserve)))
+        harness.d.script = lambda _message: False
+        harness.d.say(Load(MoverStats(), 1000))
+        await harness.until(lambda: _hears_another_router(harness))
+        harness.d.hello_changes = {"registration": 1}
+        harness.d.say(harness.d.hello())
+        assert (await call)[0] == 200
+        await harness.idle()
+
+
+async def test_a_message_to_a_mover_that_was_lost() -> None:
+    """A mover that missed one registers anew: what the router thinks is under way there is not."""
+    async with pair(engine_wait_s=5) as harness:
+        harness.d.script = lambda message: isinstance(message, Reserve)
+        call = asyncio.ensure_future(harness.post(body()))
+        await harness.until(lambda: bool(harness.d.of(Reserve)))
+        harness.d.script = lambda _message: False
+        harness.d.hello_changes = {"registration": 1}
+        harness.d.say(harness.d.hello())
+        await harness.until(lambda: len(harness.d.router_boot_ids) == 2)
+        assert harness.d.router_boot_ids[0] != harness.d.router_boot_ids[1]
+        assert (await call)[0] == 200
+        await harness.idle()
+
+
+async def test_the_router_counts_what_it_sends() -> None:
+    """Each Pong says how many messages came before it, so that a mover can tell."""
+    async with pair() as harness:
+        assert (await harness.post(body()))[0] == 200
+        num_pongs = len(harness.d.of(Pong))
+        await harness.until(lambda: len(harness.d.of(Pong)) > num_pongs + 1)
+        for number, message in enumerate(harness.d.received, start=1):
+            if isinstance(message, Welcome | Pong):
+                assert message.num_sent == number
+
+
+def _hears_another_router(harness: Harness) -> bool:
+    (welcome,) = harness.d.of(Welcome)
+    return any(pong.router_boot_id != welcome.router_boot_id for pong in harness.d.of(Pong))
 
 
 async def test_malformed_messages_are_counted() -> None:

@@ -4,6 +4,7 @@ import errno
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -168,6 +169,29 @@ class TestPosixStore(StoreContract):
         assert len(kept) == 16
         assert block_hash(19).hex() in kept
 
+    def test_what_is_no_file_is_taken_away_and_replaced(
+        self, store: BlockStore, tmp_path: Path
+    ) -> None:
+        for idx in range(18):
+            block_path(tmp_path, idx).mkdir(parents=True)
+            with pytest.raises(StorageError):
+                store.get(block_hash(idx), empty_payload())
+            assert store.put(block_hash(idx), bytes(32), filled_payload(idx)) == FILE_BYTES
+        assert len(list((tmp_path / FINGERPRINT.hex() / "quarantine").iterdir())) == 16
+
+    @pytest.mark.timeout(20)
+    def test_a_listing_neither_waits_for_a_fifo_nor_ends_at_what_cannot_be_listed(
+        self, store: BlockStore, tmp_path: Path
+    ) -> None:
+        put_chain(store, 3)
+        block_path(tmp_path, 1).unlink()
+        os.mkfifo(block_path(tmp_path, 1))
+        first = sorted(path for path in (tmp_path / FINGERPRINT.hex()).iterdir())[0]
+        (tmp_path / FINGERPRINT.hex() / "00").write_text("not a directory")
+        (first / "00").write_text("neither")
+        found = {entry.hash for entry in store.entries()}
+        assert found == {block_hash(0), block_hash(2)}
+
     def test_memory_that_is_not_aligned_is_refused(self, store: BlockStore) -> None:
         memory = memoryview(bytearray(GEOMETRY.slot_bytes + 8192))
         payload = memory[8:][: GEOMETRY.slot_bytes]
@@ -251,6 +275,19 @@ class TestFullFileSystem:
         store.remove(block_hash(0))
         assert store.put(block_hash(0), bytes(32), filled_payload(0)) == FILE_BYTES
 
+    def test_beneath_a_store_that_was_unmounted_nothing_is_made(self, tiny: Path) -> None:
+        """Another device: it would fill a disk that nobody meant."""
+        store = PosixStore(f"file://{tiny}", FINGERPRINT, GEOMETRY, io=IoOptions("threads"))
+        store.put(block_hash(0), bytes(32), filled_payload(0))
+        subprocess.run(["umount", "--lazy", str(tiny)], check=True)
+        try:
+            for _ in range(2):
+                with pytest.raises(StorageError, match="put block"):
+                    store.put(block_hash(1), bytes(32), filled_payload(1))
+            assert list(tiny.iterdir()) == []
+        finally:
+            subprocess.run(["mount", "-t", "tmpfs", "none", str(tiny)], check=True)
+
 
 class TestOpening:
     def test_a_root_that_does_not_exist_is_refused_with_what_to_do(self, tmp_path: Path) -> None:
@@ -316,6 +353,25 @@ class TestOpening:
         (tmp_path / FINGERPRINT.hex() / "tmp").rmdir()
         with pytest.raises(StorageError, match="put block"):
             store.put(block_hash(1), bytes(32), filled_payload(1))
+
+    def test_a_store_that_was_emptied_takes_blocks_again(self, tmp_path: Path) -> None:
+        store = open_store(f"file://{tmp_path}", FINGERPRINT, GEOMETRY)
+        store.put(block_hash(0), bytes(32), filled_payload(0))
+        shutil.rmtree(tmp_path / FINGERPRINT.hex())
+        with pytest.raises(StorageError, match="put block"):
+            store.put(block_hash(1), bytes(32), filled_payload(1))
+        assert store.put(block_hash(1), bytes(32), filled_payload(1)) == FILE_BYTES
+        assert (tmp_path / FINGERPRINT.hex() / "MANIFEST.json").exists()
+
+    def test_a_store_that_was_removed_is_not_made_again(self, tmp_path: Path) -> None:
+        (tmp_path / "kv").mkdir()
+        store = open_store(f"file://{tmp_path}/kv", FINGERPRINT, GEOMETRY)
+        store.put(block_hash(0), bytes(32), filled_payload(0))
+        shutil.rmtree(tmp_path / "kv")
+        for _ in range(2):
+            with pytest.raises(StorageError, match="put block"):
+                store.put(block_hash(1), bytes(32), filled_payload(1))
+        assert not (tmp_path / "kv").exists()
 
 
 def test_bandwidth_is_measured_and_leaves_nothing(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from vllm_dualpath.bench.comparison.baseline_runs import DEFAULT_BASELINE_DIR
 from vllm_dualpath.bench.comparison.online import Limits, RateRange
-from vllm_dualpath.bench.comparison.page import comparison_page, comparison_table
+from vllm_dualpath.bench.comparison.page import comparison_page, comparison_plots, comparison_table
 from vllm_dualpath.bench.comparison.record import comparison_json
 from vllm_dualpath.bench.comparison.run import compare, search_rates
 from vllm_dualpath.bench.comparison.settings import ComparisonPlan, Say, Topology, parse_modes
@@ -74,6 +74,9 @@ def cluster(
     log_dir: Annotated[Path | None, typer.Option(help="Where logs go; default: new.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write everything.")] = None,
     html_path: Annotated[Path | None, typer.Option("--html", help="Write the report.")] = None,
+    plot_dir: Annotated[
+        Path | None, typer.Option("--plots", help="Write the main plots as SVG files in here.")
+    ] = None,
 ) -> None:
     """Replay the same agents in several read modes on one cluster with shaped NICs, and compare.
 
@@ -116,6 +119,10 @@ def cluster(
     write_json(json_path, comparison_json(comparison))
     if html_path is not None:
         html_path.write_text(comparison_page(comparison), encoding="utf-8")
+    if plot_dir is not None:
+        plot_dir.mkdir(parents=True, exist_ok=True)
+        for name, drawing in comparison_plots(comparison).items():
+            (plot_dir / name).write_text(drawing, encoding="utf-8")
     Console().print(comparison_table(comparison))
     raise typer.Exit(0 if comparison.exact else 1)
 

@@ -199,7 +199,7 @@ class Mover:
             self._config.deadlines.router_lost_s,
         )
 
-    def _hello(self) -> Hello:
+    def _hello(self, registration: int, num_sent: int) -> Hello:
         return Hello(
             version=PROTOCOL_VERSION,
             engine_id=self._spec.engine_id,
@@ -222,6 +222,8 @@ class Mover:
             num_slots=self._pools.prompts.num_slots,
             num_donor_slots=self._pools.donor.num_slots,
             kv_tokens=self._spec.kv_tokens,
+            registration=registration,
+            num_sent=num_sent,
         )
 
     # --- the router ------------------------------------------------------------------------------

@@ -35,8 +35,12 @@ class RouterPort:
     """Says ``Hello`` until welcomed, then ``Load`` every heartbeat.
 
     ``on_message`` gets what concerns transfers and the store; ``on_welcome(send_snapshot)`` each
-    registration; ``on_lost`` runs when the router was replaced, or silent for ``lost_s``: its
-    transfers are over.
+    registration; ``on_lost`` runs when the router was replaced, silent for ``lost_s``, or when a
+    message was lost either way: its transfers are over. ``hello`` gets the number of this
+    registration and of the messages sent.
+
+    A connection that breaks takes what was under way with it, and ZeroMQ makes another without a
+    word. So both ends count, and compare with every heartbeat.
     """
 
     def __init__(
@@ -44,7 +48,7 @@ class RouterPort:
         socket: MoverSocket,
         loop: EventLoop,
         counters: Counters,
-        hello: Callable[[], Hello],
+        hello: Callable[[int, int], Hello],
         stats: Callable[[], MoverStats],
         on_message: Callable[[RouterMessage], None],
         on_welcome: Callable[[bool], None],
@@ -62,6 +66,10 @@ class RouterPort:
         self._lost_s = lost_s
         self._router_boot_id = b""
         """Empty while not registered."""
+        self._registration = 0
+        self._num_sent = 0
+        self._num_heard = 0
+        """Of the router, in this registration."""
         self._heard_s = loop.now_s()
         self._heartbeat_s = _HELLO_RETRY_S
         loop.watch(socket.socket, self._receive)
@@ -80,7 +88,7 @@ class RouterPort:
         """Register, or register again because what we say of ourselves changed."""
         if not self._router_boot_id:
             self._socket.forget_unsent()
-        self._send(self._hello())
+        self._send(self._hello(self._registration, self._num_sent + 1))
 
     def close(self, reason: str) -> None:
         self.send(Goodbye(reason))
@@ -89,6 +97,7 @@ class RouterPort:
         self._socket.close()
 
     def _send(self, message: MoverMessage) -> None:
+        self._num_sent += 1
         self._socket.send(encode(message))
         self._loop.want_write(self._socket.socket, self._socket.wants_write)
 
@@ -96,14 +105,18 @@ class RouterPort:
         if not self._router_boot_id:
             self.say_hello()
         else:
-            self.send(Load(self._stats()))
+            self._send_load()
             if self._loop.now_s() - self._heard_s > self._lost_s:
                 logger.warning("router silent for %.0f s: its transfers end", self._lost_s)
                 self._lose()
         self._loop.call_later(self._heartbeat_s, self._tick)
 
+    def _send_load(self) -> None:
+        self.send(Load(self._stats(), self._num_sent + 1))
+
     def _lose(self) -> None:
         self._router_boot_id = b""
+        self._registration += 1
         self._heartbeat_s = _HELLO_RETRY_S
         self._on_lost()
 
@@ -111,6 +124,7 @@ class RouterPort:
         self._socket.flush()
         self._loop.want_write(self._socket.socket, self._socket.wants_write)
         for payload in self._socket.receive():
+            self._num_heard += 1
             try:
                 message = decode_router_message(payload)
             except ProtocolError as exc:
@@ -129,18 +143,33 @@ class RouterPort:
                 self._lose()
             self._heartbeat_s = _REFUSED_RETRY_S
         elif isinstance(message, Pong):
-            if self._router_boot_id and message.router_boot_id != self._router_boot_id:
-                logger.warning("the router was replaced: registering again")
-                self._lose()
-                self.say_hello()
+            self._ponged(message)
         elif isinstance(message, Ping):
-            self.send(Load(self._stats()))
+            self._send_load()
         elif self._router_boot_id:
             self._on_message(message)
+
+    def _ponged(self, pong: Pong) -> None:
+        if not self._router_boot_id:
+            return
+        if pong.router_boot_id != self._router_boot_id:
+            logger.warning("the router was replaced: registering again")
+        elif pong.num_sent not in (0, self._num_heard):
+            logger.warning(
+                "the router has sent %d messages and %d came: registering again",
+                pong.num_sent,
+                self._num_heard,
+            )
+        else:
+            return
+        self._lose()
+        self.say_hello()
 
     def _welcomed(self, welcome: Welcome) -> None:
         if self._router_boot_id and self._router_boot_id != welcome.router_boot_id:
             self._lose()
+        if not self._router_boot_id:
+            self._num_heard = welcome.num_sent
         self._router_boot_id = welcome.router_boot_id
         self._heartbeat_s = welcome.heartbeat_s
         logger.info("registered with the router")

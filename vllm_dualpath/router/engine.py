@@ -37,6 +37,10 @@ class Engine:
     stats: MoverStats = field(default_factory=MoverStats)
     num_loads: int = 0
     """Heartbeats received."""
+    num_sent: int = 0
+    """Messages sent to its mover in this registration."""
+    num_heard: int = 0
+    """Messages that its mover has sent, as it counts them itself; see ``Hello.num_sent``."""
     last_moved_s: float = 0.0
     """When its counters last showed bytes read or pushed."""
     serving: bool = False

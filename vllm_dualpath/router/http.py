@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _STATUS_WAIT_S = 1.0
+_CLIENT_LEFT = 499
+"""No standard status: as nginx logs it."""
 
 
 class Handlers:
@@ -78,7 +80,12 @@ class Handlers:
             return error_response(exc.status, type(exc).__name__, exc.text or exc.reason)
         except BadBody as exc:
             return error_response(400, "BadRequest", str(exc))
-        except (ConnectionError, TimeoutError):
+        except ConnectionError as exc:
+            # The client has left: nobody hears an answer, and there is nothing to be logged as an
+            # error.
+            logger.debug("%s %s: %s", request.method, path, exc)
+            return web.Response(status=_CLIENT_LEFT)
+        except TimeoutError:
             raise
         except Exception:
             logger.exception("%s %s failed", request.method, request.path)

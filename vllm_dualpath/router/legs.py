@@ -39,6 +39,8 @@ _NOT_FOR_PREFILL = (
     "return_token_ids",
     "return_prompt_text",
     "best_of",
+    # A generator for a token that is thrown away; vLLM's CPU build dies of one that it offsets.
+    "seed",
     # Grammars: costly to build, and without an effect on the prompt's KV.
     "response_format",
     "structured_outputs",

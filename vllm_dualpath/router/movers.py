@@ -51,8 +51,9 @@ class Movers:
         self._stuck_warning_s = stuck_warning_s
         self._boot_id = secrets.token_bytes(16)
         self._new_boot_ids: dict[bytes, bytes] = {}
-        """Movers given up for silence, or registered anew under their old boot id: to them this
-        router is another one from then on, so they end the transfers that they still have.
+        """Movers given up for silence, that lost messages, or that registered anew under their old
+        boot id: to them this router is another one from then on, so they end the transfers that
+        they still have.
         """
         self._replaced: dict[bytes, str] = {}
         """Boot ids whose engine id another mover has taken."""
@@ -67,6 +68,7 @@ class Movers:
 
     def send(self, engine: Engine, message: Message) -> None:
         """Send one message; order is kept, to one engine and between engines."""
+        engine.num_sent += 1
         self._post(engine.boot_id, message)
 
     async def fresh_loads(self, timeout_s: float) -> None:
@@ -89,6 +91,9 @@ class Movers:
     # --- receiving ---
 
     def _hear(self, identity: bytes, payload: bytes) -> None:
+        engine = self._cluster.by_boot_id(identity)
+        if engine is not None:
+            engine.num_heard += 1
         try:
             self._take(identity, decode_mover_message(payload))
         except ProtocolError as exc:
@@ -137,7 +142,7 @@ class Movers:
             self._post(identity, Refused(refusal))
             return
         known = self._cluster.by_id(hello.engine_id)
-        if known is not None and _must_restart(known.hello, hello):
+        if known is not None and _must_restart(known, hello):
             if known.boot_id == identity:
                 # Its transfers fail here and now: nobody will say End for them.
                 self._new_boot_ids[identity] = secrets.token_bytes(16)
@@ -145,26 +150,41 @@ class Movers:
                 self._replaced[known.boot_id] = hello.engine_id
             self._remove(known, "registered again", logging.INFO)
         engine = self._cluster.join(hello, asyncio.get_running_loop().time())
+        engine.num_heard = hello.num_sent
         state = self._cluster.stores.state(hello)
         send_snapshot = state.needs_snapshot(engine)
         if send_snapshot:
             state.begin_snapshot(engine)
-        self._post(identity, self._welcome(identity, send_snapshot))
+        self.send(engine, self._welcome(engine, send_snapshot))
         logger.info("engine %s (%s) at %s joined", hello.engine_id, hello.role, hello.url)
 
     def _on_load(self, engine: Engine, message: Load) -> None:
+        if message.num_sent not in (0, engine.num_heard):
+            self._start_anew(
+                engine, f"{message.num_sent} messages sent and {engine.num_heard} heard"
+            )
+            return
         engine.heartbeat(message.stats, asyncio.get_running_loop().time())
         self._loads_changed.set()
-        self.send(engine, Pong(self._boot_id_for(engine.boot_id)))
+        self.send(engine, Pong(self._boot_id_for(engine.boot_id), engine.num_sent + 1))
+
+    def _start_anew(self, engine: Engine, why: str) -> None:
+        """Nobody knows what of its transfers has reached whom: they end here, and at the mover,
+        to which this router is another one from now on.
+        """
+        self._new_boot_ids[engine.boot_id] = secrets.token_bytes(16)
+        self._remove(engine, why, logging.WARNING, silently=True)
+        self._post(engine.boot_id, Pong(self._boot_id_for(engine.boot_id)))
 
     def _on_stored(self, engine: Engine, message: Stored) -> None:
         self._cluster.stores.stored(engine, message)
         for order in self._cluster.stores.evictions(engine, self._cluster.is_pinned):
             self.send(engine, order)
 
-    def _welcome(self, identity: bytes, send_snapshot: bool) -> Welcome:
-        boot_id = self._boot_id_for(identity)
-        return Welcome(PROTOCOL_VERSION, boot_id, self._heartbeat_s, send_snapshot)
+    def _welcome(self, engine: Engine, send_snapshot: bool) -> Welcome:
+        boot_id = self._boot_id_for(engine.boot_id)
+        num_sent = engine.num_sent + 1
+        return Welcome(PROTOCOL_VERSION, boot_id, self._heartbeat_s, send_snapshot, num_sent)
 
     def _name_taken(self, identity: bytes) -> str:
         """Why a mover that was replaced but still lives may not come back; empty if it may."""
@@ -195,7 +215,7 @@ class Movers:
             state = self._cluster.stores.state(engine.hello)
             if state.needs_snapshot(engine) and state.snapshot_from is not engine:
                 state.begin_snapshot(engine)
-                self.send(engine, self._welcome(engine.boot_id, True))
+                self.send(engine, self._welcome(engine, True))
 
     # --- sending and watching ---
 
@@ -203,7 +223,8 @@ class Movers:
         try:
             self._socket.send(identity, encode(message))
         except PeerLost as exc:
-            # Its silence takes it out of the cluster; until then it may be reconnecting.
+            # It may be reconnecting: then it finds out by the next Pong. Otherwise its silence
+            # takes it out of the cluster.
             logger.debug("message not sent: %s", exc)
 
     async def _watch(self) -> None:
@@ -240,12 +261,16 @@ class Movers:
                 del self._cluster.transfers[key]
 
 
-def _must_restart(known: Hello, hello: Hello) -> bool:
-    """Whether a Hello of a known engine changes what its open transfers and blocks rest on."""
-    return (known.boot_id, known.root, known.address, known.region, known.store) != (
-        hello.boot_id,
-        hello.root,
-        hello.address,
-        hello.region,
-        hello.store,
+def _must_restart(engine: Engine, hello: Hello) -> bool:
+    """Whether a Hello of a known engine changes what its open transfers and blocks rest on, or
+    messages before it were lost.
+    """
+    known = engine.hello
+    changed = (
+        *(known.boot_id, known.root, known.address, known.region, known.store),
+        known.registration,
+    ) != (
+        *(hello.boot_id, hello.root, hello.address, hello.region, hello.store),
+        hello.registration,
     )
+    return changed or hello.num_sent not in (0, engine.num_heard)

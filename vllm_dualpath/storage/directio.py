@@ -48,8 +48,8 @@ def aligned_buffer(num_bytes: int) -> memoryview:
 
 
 def open_read(path: Path, *, direct: bool) -> int:
-    """Open for reading; returns a descriptor."""
-    return os.open(path, os.O_RDONLY | _FLAGS | (os.O_DIRECT if direct else 0))
+    """Open for reading; returns a descriptor. Does not wait for a writer if it is a FIFO."""
+    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | _FLAGS | (os.O_DIRECT if direct else 0))
 
 
 def open_new(path: Path, *, direct: bool) -> int:

@@ -14,6 +14,7 @@ caught by its size or a CRC. A crash of the writer leaves the whole block or a f
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -74,9 +75,12 @@ class PosixStore:
         self._uri = uri
         self._format = BlockFormat(fingerprint, geometry)
         directory = root_of(uri) / fingerprint.hex()
+        self._manifest = partial(
+            ensure_manifest, directory, fingerprint, geometry, manifest_extra or {}
+        )
         try:
             self._tree = BlockTree(directory, create=create)
-            ensure_manifest(directory, fingerprint, geometry, manifest_extra or {}, create=create)
+            self._manifest(create=create)
             if create:
                 self._tree.remove_stale_temporaries()
         except OSError as exc:
@@ -112,7 +116,7 @@ class PosixStore:
         header = self._format.header_template(block_hash, parent)
         path, temporary = self._tree.file_name(block_hash), self._tree.temporary_name()
         outcome = self._io.write(path, temporary, payload, header)
-        return _settled(_write_ended(block_hash, outcome))
+        return _settled(self._write_ended(block_hash, outcome))
 
     def fileno(self) -> int:
         return self._io.fileno()
@@ -204,7 +208,7 @@ class PosixStore:
     def _ended(self, outcome: IoOutcome) -> Finished:
         request = self._open.pop(outcome.ticket)
         if isinstance(request, WriteBlock):
-            return _write_ended(request.hash, outcome)
+            return self._write_ended(request.hash, outcome)
         return self._read_ended(request, outcome)
 
     def _read_ended(self, request: ReadBlock, outcome: IoOutcome) -> Finished:
@@ -219,11 +223,32 @@ class PosixStore:
             follow_up = partial(self._tree.quarantine, self._tree.path(request.hash))
             return Finished(outcome.ticket, error=exc, follow_up=follow_up)
         except StorageError as exc:
-            return Finished(outcome.ticket, error=exc)
+            if outcome.error == errno.ENOENT:
+                return Finished(outcome.ticket, error=exc)
+            follow_up = partial(self._tree.quarantine_unless_file, self._tree.path(request.hash))
+            return Finished(outcome.ticket, error=exc, follow_up=follow_up)
         if time.time() - outcome.modified_s < TOUCH_INTERVAL_S:
             return Finished(outcome.ticket, outcome.num_bytes)
         touch = partial(self._touch, self._tree.path(request.hash))
         return Finished(outcome.ticket, outcome.num_bytes, follow_up=touch)
+
+    def _write_ended(self, block_hash: bytes, outcome: IoOutcome) -> Finished:
+        if outcome.status is IoStatus.CANCELLED:
+            return Finished(outcome.ticket, cancelled=True)
+        try:
+            outcome.raise_failure("put", block_hash)
+        except StorageError as exc:
+            gone = outcome.error == errno.ENOENT
+            return Finished(outcome.ticket, error=exc, follow_up=self._make_again if gone else None)
+        return Finished(outcome.ticket, outcome.num_bytes)
+
+    def _make_again(self) -> None:
+        """The directories were removed under a running store: the next block is to find them."""
+        try:
+            if self._tree.make_again():
+                self._manifest(create=True)
+        except (OSError, ConfigError) as exc:
+            logger.warning("store %s: cannot be made again: %s", self._uri, exc)
 
     def _check(self, request: ReadBlock, outcome: IoOutcome) -> None:
         if outcome.status is IoStatus.WRONG_SIZE:
@@ -265,16 +290,6 @@ def root_of(uri: str) -> Path:
             f"store {uri}: {root} is not a directory: mount it, or create it with `mkdir -p {root}`"
         )
     return root
-
-
-def _write_ended(block_hash: bytes, outcome: IoOutcome) -> Finished:
-    if outcome.status is IoStatus.CANCELLED:
-        return Finished(outcome.ticket, cancelled=True)
-    try:
-        outcome.raise_failure("put", block_hash)
-    except StorageError as exc:
-        return Finished(outcome.ticket, error=exc)
-    return Finished(outcome.ticket, outcome.num_bytes)
 
 
 def _settled(finished: Finished) -> int:

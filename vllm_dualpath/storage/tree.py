@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import shutil
+import stat
 import string
 import time
 from collections.abc import Iterator
@@ -34,14 +36,31 @@ class BlockTree:
         self._directory = directory
         self.temporary_dir = directory / "tmp"
         self._quarantine_dir = directory / "quarantine"
+        self._device = 0
         # Unique among hosts that share the store, without asking any of them.
         self._writer = f"{os.getpid()}-{os.urandom(8).hex()}"
         self._counter = itertools.count()
         if create:
-            self.temporary_dir.mkdir(parents=True, exist_ok=True)
-            self._quarantine_dir.mkdir(exist_ok=True)
+            self._make_directories()
+            self._device = directory.stat().st_dev
         elif not directory.is_dir():
             raise ConfigError(f"store: {directory} does not exist: no store of this model is here")
+
+    def make_again(self) -> bool:
+        """Make the directories anew if somebody removed them; False if nothing can be made.
+
+        Only where they were: beneath a store that was unmounted there is another device, which must
+        not fill up.
+        """
+        root = self._directory.parent
+        if not root.is_dir() or root.stat().st_dev != self._device:
+            return False
+        self._make_directories()
+        return True
+
+    def _make_directories(self) -> None:
+        self.temporary_dir.mkdir(parents=True, exist_ok=True)
+        self._quarantine_dir.mkdir(exist_ok=True)
 
     def path(self, block_hash: bytes) -> Path:
         """Where the block lies. Raises ``ValueError`` for a hash of another length."""
@@ -72,6 +91,18 @@ class BlockTree:
         except OSError as exc:
             logger.warning("bad block %s stays in the store and will fail again: %s", path, exc)
 
+    def quarantine_unless_file(self, path: Path) -> None:
+        """Take away a directory, FIFO or link that lies where a block should: it can be neither
+        read nor replaced. Never raises ``OSError``.
+        """
+        try:
+            if stat.S_ISREG(path.lstat().st_mode):
+                return
+        except OSError:
+            return  # gone, or not to be seen: then the next read says so
+        logger.warning("%s is no file: quarantined", path)
+        self.quarantine(path)
+
     def remove_stale_temporaries(self) -> None:
         """Remove what crashed writers left."""
         oldest_s = time.time() - STALE_AFTER_S
@@ -86,23 +117,36 @@ class BlockTree:
     def block_paths(self) -> Iterator[Path]:
         """Every file that is named and placed like a block, in order of its hash.
 
-        Raises ``StorageError`` when the model's directory cannot be listed.
+        A directory within that cannot be listed is left out. Raises ``StorageError`` when the
+        model's own cannot.
         """
         try:
-            for first in _children(self._directory, name_chars=2):
-                for second in _children(first, name_chars=2):
-                    prefix = first.name + second.name
-                    for path in _children(second, name_chars=2 * HASH_BYTES):
-                        if path.name.startswith(prefix):
-                            yield path
+            top = _children(self._directory, name_chars=2)
         except OSError as exc:
             raise StorageError(f"store {self._directory}: cannot be listed: {exc}") from exc
+        for first in top:
+            for second in _children_or_none(first, 2):
+                prefix = first.name + second.name
+                for path in _children_or_none(second, 2 * HASH_BYTES):
+                    if path.name.startswith(prefix):
+                        yield path
 
     def _bound_quarantine(self) -> None:
         # ctime: the rename into quarantine sets it, while mtime is the last use.
-        kept = [(path.stat().st_ctime, path) for path in _children(self._quarantine_dir)]
+        kept = [(path.lstat().st_ctime, path) for path in _children(self._quarantine_dir)]
         for _, path in sorted(kept)[:-MAX_QUARANTINED]:
-            path.unlink(missing_ok=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _children_or_none(directory: Path, name_chars: int) -> list[Path]:
+    try:
+        return _children(directory, name_chars)
+    except OSError as exc:
+        logger.warning("%s left out of the store: %s", directory, exc)
+        return []
 
 
 def _children(directory: Path, name_chars: int | None = None) -> list[Path]:

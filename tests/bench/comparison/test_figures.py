@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from xml.etree import ElementTree
 
 import pytest
 
 from vllm_dualpath.bench.comparison.measures import RunUse
-from vllm_dualpath.bench.comparison.page import comparison_page
+from vllm_dualpath.bench.comparison.page import comparison_page, comparison_plots
 from vllm_dualpath.bench.comparison.record import Comparison, all_equal, comparison_json
 from vllm_dualpath.bench.comparison.run import order
 from vllm_dualpath.bench.comparison.settings import ComparisonPlan, Topology, parse_modes
@@ -86,6 +88,32 @@ def test_the_report_needs_no_network_and_shows_every_mode() -> None:
     assert "<script" not in page
     assert "split: storage NICs" in page
     assert "ideal, 1/2" in page
+
+
+def test_plots_are_files_of_their_own() -> None:
+    """JCT and each mode's storage NICs, as SVG that any viewer opens."""
+    files = comparison_plots(_comparison())
+    assert set(files) == {"1p1d-jct.svg", "1p1d-prefill_only-storage.svg", "1p1d-split-storage.svg"}
+    for drawing in files.values():
+        assert ElementTree.fromstring(drawing).tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_a_baseline_is_no_part_of_our_exactness() -> None:
+    """Its answers are compared with ours and told apart; one that failed has no ratio."""
+    other = run("nixl", 8.0, {"prefill-0": 0.0})
+    comparison = Comparison(PLAN, None, (found(PREFILL_ONLY, SPLIT, other),))
+    assert (comparison.exact, comparison.baselines_exact) == (True, True)
+    assert _comparison().baselines_exact is None
+    first = other.result.records[0]
+    failed = replace(first, completion=None, error="gone")
+    broken = replace(other.result, records=(failed, *other.result.records[1:]))
+    comparison = Comparison(
+        PLAN, None, (found(PREFILL_ONLY, SPLIT, replace(other, result=broken)),)
+    )
+    assert (comparison.exact, comparison.baselines_exact) == (True, False)
+    record = comparison_json(comparison)
+    assert record["ratios"]["1P1D"]["nixl"] is None
+    assert "1 requests failed" in comparison_page(comparison)
 
 
 def test_repeats_run_the_modes_forwards_and_backwards() -> None:

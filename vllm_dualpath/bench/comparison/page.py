@@ -10,7 +10,14 @@ from typing import Any
 from rich.table import Table
 
 from vllm_dualpath.bench.comparison.measures import Run, RunUse
-from vllm_dualpath.bench.comparison.plots import Bar, Line, bars, cumulative, lines
+from vllm_dualpath.bench.comparison.plots import (
+    Bar,
+    Line,
+    bars,
+    cumulative,
+    lines,
+    standalone,
+)
 from vllm_dualpath.bench.comparison.record import (
     Comparison,
     TopologyResult,
@@ -64,6 +71,18 @@ def comparison_page(comparison: Comparison) -> str:
         f"</p><p>{escape(_verdict(comparison))}</p>{_html_table(_COLUMNS, _rows(comparison))}"
         f"{sections}{_regime(record)}</body></html>\n"
     )
+
+
+def comparison_plots(comparison: Comparison) -> dict[str, str]:
+    """Drawings for another page, by file name: JCT, and the storage NICs mode by mode."""
+    files = {}
+    for found in comparison.topologies:
+        figures = {"jct": _jct_bars(comparison, found)}
+        for mode in found.modes:
+            figures[f"{mode}-storage"] = _nic_plot(found, mode, found.of(mode)[0], "storage")
+        for name, figure in figures.items():
+            files[f"{found.topology}-{name}.svg".lower()] = standalone(figure)
+    return files
 
 
 def _question(comparison: Comparison) -> str:

@@ -88,6 +88,13 @@ def lines(
     return _figure(title, height, parts)
 
 
+def standalone(figure: str) -> str:
+    """The drawing of a figure as an SVG file of its own."""
+    start, end = figure.index("<svg"), figure.index("</svg>") + len("</svg>")
+    own = ' xmlns="http://www.w3.org/2000/svg" font-family="system-ui,sans-serif" font-size="12"'
+    return f"<svg{own}{figure[start + len('<svg') : end]}\n"
+
+
 def _axes(x_most: float, y_most: float, base: float, axes: tuple[str, str]) -> list[str]:
     right = _WIDTH - _RIGHT
     return [
