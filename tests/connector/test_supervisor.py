@@ -62,16 +62,21 @@ def test_process_gets_a_private_spec_and_inherits_nothing(tmp_path):
 
 
 def test_a_dead_mover_is_started_again(tmp_path):
-    """Killed, it is replaced on the next call."""
-    process = mover(tmp_path, "-c", "import time; time.sleep(60)")
+    """Killed, it is replaced on the next call; what it said last is not overwritten."""
+    saying = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    process = mover(tmp_path, "-c", saying)
     process.ensure_running()
     first = process._process
+    deadline = time.monotonic() + 10
+    while not (tmp_path / "e.log").read_text() and time.monotonic() < deadline:
+        time.sleep(0.01)
     first.kill()
     first.wait()
     with pytest.raises(PeerLost, match="status -9"):
         process.ensure_running()
     process.ensure_running()
     assert process._process.pid != first.pid
+    assert (tmp_path / "e.log.1").read_text() == f"{first.pid}\n"
     process._process.kill()
     process.stop(was_attached=True)
 

@@ -6,6 +6,7 @@ nobody's output open, and it ends by itself when our connection closes.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import subprocess
@@ -92,6 +93,9 @@ class MoverProcess:
         fd = os.open(self._spec_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(fd, "wb") as file:
             file.write(msgspec.msgpack.encode(self._spec))
+        # Why the last one ended stands in its log.
+        with contextlib.suppress(FileNotFoundError):
+            self._log_path.replace(self._log_path.with_suffix(".log.1"))
         command = [*self._command, "--spec", str(self._spec_path)]
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         log_fd = os.open(self._log_path, flags, 0o600)

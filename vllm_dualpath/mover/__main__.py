@@ -14,6 +14,7 @@ import msgspec
 from vllm_dualpath.config import parse_engine_config
 from vllm_dualpath.errors import ConfigError, DualPathError
 from vllm_dualpath.messages import PROTOCOL_VERSION, MoverSpec
+from vllm_dualpath.mover.log_limit import RepeatLimit
 from vllm_dualpath.mover.mover import Mover
 
 _EXIT_CONFIG = 2
@@ -52,6 +53,8 @@ def main() -> int:
         format="%(asctime)s %(levelname)s mover %(process)d %(message)s",
         stream=sys.stderr,
     )
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(RepeatLimit())
     try:
         spec = read_spec(arguments.spec)
         shed_inheritance()
