@@ -32,6 +32,8 @@ MAX_MESSAGE_BYTES = 64 << 20
 Id16 = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 Hash = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+"""Also of everything since a start: a mover moves terabytes within the hour."""
 Index = Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
 Address = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
@@ -102,21 +104,21 @@ class StoredBlock(msgspec.Struct, frozen=True, array_like=True):
 
     hash: Hash
     parent: Hash
-    num_bytes: Count
+    num_bytes: Bytes
     last_used_s: float
 
 
 class MoverStats(Message, frozen=True, kw_only=True):
     """Counters of a mover since its start (cumulative), and gauges of the moment."""
 
-    storage_read_bytes: Count = 0
+    storage_read_bytes: Bytes = 0
     storage_read_busy_s: float = 0.0
     """Seconds with at least one read under way."""
-    donated_bytes: Count = 0
+    donated_bytes: Bytes = 0
     """Of the bytes read, those for transfers between two other engines."""
-    storage_write_bytes: Count = 0
-    push_to_prefill_bytes: Count = 0
-    push_to_decode_bytes: Count = 0
+    storage_write_bytes: Bytes = 0
+    push_to_prefill_bytes: Bytes = 0
+    push_to_decode_bytes: Bytes = 0
     blocks_stored: Count = 0
     blocks_not_stored: Count = 0
     corrupt_blocks: Count = 0
@@ -204,7 +206,9 @@ class Welcome(Message, frozen=True):
     send_snapshot: bool
     """This mover shall send the store's content, then ``SnapshotEnd``."""
     num_sent: Count = 0
-    """Messages sent to this mover in this registration, this one included."""
+    """Messages sent to this mover in this registration, this one included. Heartbeats (``Load``,
+    ``Ping``, ``Pong``) do not count: nothing depends on one that is lost.
+    """
 
 
 class Refused(Message, frozen=True):
@@ -328,7 +332,7 @@ class Hello(Message, frozen=True, kw_only=True):
     geometry: GeometrySpec
     max_model_len: Count
     store: str
-    store_quota_bytes: Count | None
+    store_quota_bytes: Bytes | None
     host_id: str
     pid: Index
     pid_start: Count
@@ -344,7 +348,11 @@ class Hello(Message, frozen=True, kw_only=True):
     registration: Count = 0
     """Grows when the mover has ended its transfers and begins anew, though its boot id stays."""
     num_sent: Count = 0
-    """Messages that this mover has sent so far, this one included; 0: not counted."""
+    """Messages that this mover has sent so far, this one included, heartbeats not; 0: not
+    counted.
+    """
+    registered: bool = False
+    """Whether it has heard ``Welcome`` in this registration."""
 
 
 class Goodbye(Message, frozen=True):
@@ -556,8 +564,8 @@ class Attached(Message, frozen=True, kw_only=True):
     version: int
     boot_id: Id16
     pid: Index
-    staging_bytes: Count
-    slot_bytes: Count
+    staging_bytes: Bytes
+    slot_bytes: Bytes
     num_slots: Count
     table_capacity: Count
     table_max_blocks: Count

@@ -63,7 +63,8 @@ class ScriptedRouter:
             self._take(identity, decode_mover_message(payload))
 
     def _take(self, identity: bytes, message: MoverMessage) -> None:
-        self._num_heard[identity] = self._num_heard.get(identity, 0) + 1
+        heard = self._num_heard.setdefault(identity, 0)
+        self._num_heard[identity] = heard + (not isinstance(message, Load))
         if isinstance(message, Hello):
             self.hellos[identity] = message
             self.num_hellos += 1

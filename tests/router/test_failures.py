@@ -27,6 +27,7 @@ from vllm_dualpath.messages import (
     Message,
     MoverStats,
     PeerDied,
+    Ping,
     Pong,
     Refused,
     Reserve,
@@ -508,9 +509,37 @@ async def test_the_router_counts_what_it_sends() -> None:
         assert (await harness.post(body()))[0] == 200
         num_pongs = len(harness.d.of(Pong))
         await harness.until(lambda: len(harness.d.of(Pong)) > num_pongs + 1)
-        for number, message in enumerate(harness.d.received, start=1):
+        count = 0
+        for message in harness.d.received:
+            count += not isinstance(message, Ping | Pong)
             if isinstance(message, Welcome | Pong):
-                assert message.num_sent == number
+                assert message.num_sent == count
+        assert count > 3
+
+
+async def test_a_mover_that_never_heard_its_welcome() -> None:
+    """Nor then what came after it: the engine begins anew, and tells again what is stored."""
+    async with pair() as harness:
+        assert (await harness.post(body()))[0] == 200
+        heard = harness.router.cluster.by_id("d")
+        assert heard is not None
+        harness.d.hello_changes = {"num_sent": heard.num_heard + 1}
+        harness.d.say(harness.d.hello())
+        await harness.until(lambda: harness.router.cluster.by_id("d") is not heard)
+        assert (await harness.post(body()))[0] == 200
+
+
+async def test_a_mover_that_begins_anew_tells_again_what_is_stored() -> None:
+    """What it had stored may be among what was lost."""
+    async with pair(stored_blocks(IDS, 3)) as harness:
+        await harness.until(lambda: harness.router.cluster.stores.num_pending == 0)
+        before = len(harness.d.of(Welcome))
+        harness.d.blocks = list(stored_blocks(IDS, 3))
+        harness.d.hello_changes = {"registration": 1}
+        harness.d.say(harness.d.hello())
+        await harness.until(lambda: len(harness.d.of(Welcome)) > before)
+        assert harness.d.of(Welcome)[-1].send_snapshot
+        await harness.until(lambda: harness.router.cluster.stores.num_pending == 0)
 
 
 def _hears_another_router(harness: Harness) -> bool:

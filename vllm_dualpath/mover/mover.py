@@ -54,7 +54,7 @@ from vllm_dualpath.mover.loop import EventLoop
 from vllm_dualpath.mover.peers import PeerDirectory
 from vllm_dualpath.mover.persist import PersistSlotsLedger
 from vllm_dualpath.mover.ports import Ports
-from vllm_dualpath.mover.router_port import RouterPort
+from vllm_dualpath.mover.router_port import Registration, RouterPort
 from vllm_dualpath.mover.snapshot import scan_store
 from vllm_dualpath.mover.staging import SharedMemory
 from vllm_dualpath.mover.storage_queue import StorageQueue
@@ -79,6 +79,8 @@ class Mover:
         self._counters = Counters()
         self._loop = EventLoop()
         self._scanning = False
+        self._scan = 0
+        """The scan whose blocks the router is waiting for; those of an older one are not told."""
         geometry = self._geometry = geometry_of(spec)
         self._pools = pools = make_pools(config, geometry, spec.max_model_len)
         num_slots = pools.prompts.num_slots + pools.donor.num_slots + pools.persist.num_slots
@@ -199,7 +201,7 @@ class Mover:
             self._config.deadlines.router_lost_s,
         )
 
-    def _hello(self, registration: int, num_sent: int) -> Hello:
+    def _hello(self, registration: Registration) -> Hello:
         return Hello(
             version=PROTOCOL_VERSION,
             engine_id=self._spec.engine_id,
@@ -222,8 +224,9 @@ class Mover:
             num_slots=self._pools.prompts.num_slots,
             num_donor_slots=self._pools.donor.num_slots,
             kv_tokens=self._spec.kv_tokens,
-            registration=registration,
-            num_sent=num_sent,
+            registration=registration.number,
+            num_sent=registration.num_sent,
+            registered=registration.registered,
         )
 
     # --- the router ------------------------------------------------------------------------------
@@ -255,15 +258,24 @@ class Mover:
         # A router that was slow to answer welcomes each Hello; one scan serves them all.
         if send_snapshot and not self._scanning:
             self._scanning = True
-            scan_store(
-                self._ports, lambda blocks: self._tell_router(Stored(blocks)), self._snapshot_sent
-            )
+            self._send_snapshot(self._scan)
 
-    def _snapshot_sent(self, num_blocks: int) -> None:
-        self._scanning = False
-        self._tell_router(SnapshotEnd(num_blocks))
+    def _send_snapshot(self, scan: int) -> None:
+        def found(blocks: tuple[StoredBlock, ...]) -> None:
+            if scan == self._scan:
+                self._tell_router(Stored(blocks))
+
+        def ended(num_blocks: int) -> None:
+            if scan == self._scan:
+                self._scanning = False
+                self._tell_router(SnapshotEnd(num_blocks))
+
+        scan_store(self._ports, found, ended)
 
     def _on_router_lost(self) -> None:
+        # Half of a snapshot is none: the next registration gets one from its beginning.
+        self._scan += 1
+        self._scanning = False
         self._watch.start()
         self._book.router_lost()
 

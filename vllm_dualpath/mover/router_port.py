@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 from vllm_dualpath.control.bus import MoverSocket
 from vllm_dualpath.errors import ProtocolError
@@ -31,13 +32,21 @@ _HELLO_RETRY_S = 1.0
 _REFUSED_RETRY_S = 30.0
 
 
+class Registration(NamedTuple):
+    """What a ``Hello`` says of the conversation itself."""
+
+    number: int
+    registered: bool
+    num_sent: int
+
+
 class RouterPort:
     """Says ``Hello`` until welcomed, then ``Load`` every heartbeat.
 
     ``on_message`` gets what concerns transfers and the store; ``on_welcome(send_snapshot)`` each
     registration; ``on_lost`` runs when the router was replaced, silent for ``lost_s``, or when a
-    message was lost either way: its transfers are over. ``hello`` gets the number of this
-    registration and of the messages sent.
+    message was lost either way: its transfers are over. ``hello`` gets what only this port
+    knows.
 
     A connection that breaks takes what was under way with it, and ZeroMQ makes another without a
     word. So both ends count, and compare with every heartbeat.
@@ -48,7 +57,7 @@ class RouterPort:
         socket: MoverSocket,
         loop: EventLoop,
         counters: Counters,
-        hello: Callable[[int, int], Hello],
+        hello: Callable[[Registration], Hello],
         stats: Callable[[], MoverStats],
         on_message: Callable[[RouterMessage], None],
         on_welcome: Callable[[bool], None],
@@ -88,7 +97,10 @@ class RouterPort:
         """Register, or register again because what we say of ourselves changed."""
         if not self._router_boot_id:
             self._socket.forget_unsent()
-        self._send(self._hello(self._registration, self._num_sent + 1))
+        registration = Registration(
+            self._registration, bool(self._router_boot_id), self._num_sent + 1
+        )
+        self._send(self._hello(registration))
 
     def close(self, reason: str) -> None:
         self.send(Goodbye(reason))
@@ -97,7 +109,7 @@ class RouterPort:
         self._socket.close()
 
     def _send(self, message: MoverMessage) -> None:
-        self._num_sent += 1
+        self._num_sent += not isinstance(message, Load)
         self._socket.send(encode(message))
         self._loop.want_write(self._socket.socket, self._socket.wants_write)
 
@@ -112,10 +124,11 @@ class RouterPort:
         self._loop.call_later(self._heartbeat_s, self._tick)
 
     def _send_load(self) -> None:
-        self.send(Load(self._stats(), self._num_sent + 1))
+        self.send(Load(self._stats(), self._num_sent))
 
     def _lose(self) -> None:
         self._router_boot_id = b""
+        # The Hello that follows is of another registration.
         self._registration += 1
         self._heartbeat_s = _HELLO_RETRY_S
         self._on_lost()
@@ -124,14 +137,15 @@ class RouterPort:
         self._socket.flush()
         self._loop.want_write(self._socket.socket, self._socket.wants_write)
         for payload in self._socket.receive():
-            self._num_heard += 1
             try:
                 message = decode_router_message(payload)
             except ProtocolError as exc:
+                self._num_heard += 1
                 self._counters.rejected_messages += 1
                 logger.warning("router message rejected: %s", exc)
                 continue
             self._heard_s = self._loop.now_s()
+            self._num_heard += not isinstance(message, Ping | Pong)
             self._loop.guard(partial(self._handle, message))
 
     def _handle(self, message: RouterMessage) -> None:
@@ -167,7 +181,9 @@ class RouterPort:
 
     def _welcomed(self, welcome: Welcome) -> None:
         if self._router_boot_id and self._router_boot_id != welcome.router_boot_id:
-            self._lose()
+            # It has taken our last Hello for what it is: another registration would be news to it.
+            self._router_boot_id = b""
+            self._on_lost()
         if not self._router_boot_id:
             self._num_heard = welcome.num_sent
         self._router_boot_id = welcome.router_boot_id

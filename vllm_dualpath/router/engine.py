@@ -38,7 +38,9 @@ class Engine:
     num_loads: int = 0
     """Heartbeats received."""
     num_sent: int = 0
-    """Messages sent to its mover in this registration."""
+    """Messages sent to its mover in this registration, heartbeats not counted."""
+    num_welcomes: int = 0
+    """Of them ``Welcome``."""
     num_heard: int = 0
     """Messages that its mover has sent, as it counts them itself; see ``Hello.num_sent``."""
     last_moved_s: float = 0.0

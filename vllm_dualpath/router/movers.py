@@ -68,7 +68,7 @@ class Movers:
 
     def send(self, engine: Engine, message: Message) -> None:
         """Send one message; order is kept, to one engine and between engines."""
-        engine.num_sent += 1
+        engine.num_sent += not isinstance(message, Ping | Pong)
         self._post(engine.boot_id, message)
 
     async def fresh_loads(self, timeout_s: float) -> None:
@@ -92,12 +92,15 @@ class Movers:
 
     def _hear(self, identity: bytes, payload: bytes) -> None:
         engine = self._cluster.by_boot_id(identity)
-        if engine is not None:
-            engine.num_heard += 1
         try:
-            self._take(identity, decode_mover_message(payload))
+            message = decode_mover_message(payload)
+            if engine is not None:
+                engine.num_heard += not isinstance(message, Load)
+            self._take(identity, message)
         except ProtocolError as exc:
             self._cluster.rejected_messages += 1
+            if engine is not None:
+                engine.num_heard += 1
             logger.warning("message from mover %s rejected: %s", identity.hex()[:12], exc)
         except Exception:
             # One message must not end the conversation with all movers.
@@ -142,7 +145,8 @@ class Movers:
             self._post(identity, Refused(refusal))
             return
         known = self._cluster.by_id(hello.engine_id)
-        if known is not None and _must_restart(known, hello):
+        begins = known is None or _must_restart(known, hello)
+        if known is not None and begins:
             if known.boot_id == identity:
                 # Its transfers fail here and now: nobody will say End for them.
                 self._new_boot_ids[identity] = secrets.token_bytes(16)
@@ -152,6 +156,9 @@ class Movers:
         engine = self._cluster.join(hello, asyncio.get_running_loop().time())
         engine.num_heard = hello.num_sent
         state = self._cluster.stores.state(hello)
+        if begins and hello.registration:
+            # What it has stored may be among what was lost.
+            state.doubt()
         send_snapshot = state.needs_snapshot(engine)
         if send_snapshot:
             state.begin_snapshot(engine)
@@ -166,7 +173,7 @@ class Movers:
             return
         engine.heartbeat(message.stats, asyncio.get_running_loop().time())
         self._loads_changed.set()
-        self.send(engine, Pong(self._boot_id_for(engine.boot_id), engine.num_sent + 1))
+        self.send(engine, Pong(self._boot_id_for(engine.boot_id), engine.num_sent))
 
     def _start_anew(self, engine: Engine, why: str) -> None:
         """Nobody knows what of its transfers has reached whom: they end here, and at the mover,
@@ -183,6 +190,7 @@ class Movers:
 
     def _welcome(self, engine: Engine, send_snapshot: bool) -> Welcome:
         boot_id = self._boot_id_for(engine.boot_id)
+        engine.num_welcomes += 1
         num_sent = engine.num_sent + 1
         return Welcome(PROTOCOL_VERSION, boot_id, self._heartbeat_s, send_snapshot, num_sent)
 
@@ -273,4 +281,5 @@ def _must_restart(engine: Engine, hello: Hello) -> bool:
         *(hello.boot_id, hello.root, hello.address, hello.region, hello.store),
         hello.registration,
     )
-    return changed or hello.num_sent not in (0, engine.num_heard)
+    missed = not hello.registered and engine.num_sent > engine.num_welcomes
+    return changed or (hello.num_sent > 0 and (missed or hello.num_sent != engine.num_heard))

@@ -44,6 +44,12 @@ class StoreState:
         free = source is None or source is from_engine or source.lost.is_set()
         return free and not self.snapshot_done
 
+    def doubt(self) -> None:
+        """Messages about the store were lost: its content has to be told again."""
+        if self.snapshot_done:
+            self.snapshot_done = False
+            self.snapshot_from = None
+
     def begin_snapshot(self, source: Engine) -> None:
         self.snapshot_from = source
 

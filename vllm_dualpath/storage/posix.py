@@ -41,6 +41,9 @@ logger = logging.getLogger(__name__)
 
 TOUCH_INTERVAL_S = 60.0
 
+_NO_FILE = (errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENXIO)
+"""How reading fails of what is no regular file."""
+
 
 @dataclass(frozen=True, slots=True)
 class IoOptions:
@@ -223,7 +226,7 @@ class PosixStore:
             follow_up = partial(self._tree.quarantine, self._tree.path(request.hash))
             return Finished(outcome.ticket, error=exc, follow_up=follow_up)
         except StorageError as exc:
-            if outcome.error == errno.ENOENT:
+            if outcome.error not in _NO_FILE:
                 return Finished(outcome.ticket, error=exc)
             follow_up = partial(self._tree.quarantine_unless_file, self._tree.path(request.hash))
             return Finished(outcome.ticket, error=exc, follow_up=follow_up)
@@ -247,6 +250,8 @@ class PosixStore:
         try:
             if self._tree.make_again():
                 self._manifest(create=True)
+            else:
+                logger.warning("store %s is not there any more: nothing is stored", self._uri)
         except (OSError, ConfigError) as exc:
             logger.warning("store %s: cannot be made again: %s", self._uri, exc)
 

@@ -83,11 +83,16 @@ class BlockTree:
         Another process may have replaced the block by a good one meanwhile: then a good block is
         lost from the cache, which costs a recompute.
         """
+        self._take_away(path, self._quarantine_dir / path.name)
+
+    def _take_away(self, path: Path, target: Path) -> None:
         try:
-            path.replace(self._quarantine_dir / path.name)
+            if path.is_symlink() or path.exists():
+                self._quarantine_dir.mkdir(exist_ok=True)
+            path.replace(target)
             self._bound_quarantine()
         except FileNotFoundError:
-            return  # another reader was faster
+            return  # another reader was faster, or the whole store is gone
         except OSError as exc:
             logger.warning("bad block %s stays in the store and will fail again: %s", path, exc)
 
@@ -101,7 +106,9 @@ class BlockTree:
         except OSError:
             return  # gone, or not to be seen: then the next read says so
         logger.warning("%s is no file: quarantined", path)
-        self.quarantine(path)
+        # A name of its own: a bad block could not be moved to that of a directory.
+        name = f"{path.name}-{self._writer}-{next(self._counter)}"
+        self._take_away(path, self._quarantine_dir / name)
 
     def remove_stale_temporaries(self) -> None:
         """Remove what crashed writers left."""
