@@ -9,7 +9,11 @@ from xml.etree import ElementTree
 import pytest
 
 from vllm_dualpath.bench.comparison.measures import RunUse
-from vllm_dualpath.bench.comparison.page import comparison_page, comparison_plots
+from vllm_dualpath.bench.comparison.page import (
+    comparison_page,
+    comparison_plots,
+    what_eats_the_rest,
+)
 from vllm_dualpath.bench.comparison.record import Comparison, all_equal, comparison_json
 from vllm_dualpath.bench.comparison.run import order
 from vllm_dualpath.bench.comparison.settings import ComparisonPlan, Topology, parse_modes
@@ -88,6 +92,18 @@ def test_the_report_needs_no_network_and_shows_every_mode() -> None:
     assert "<script" not in page
     assert "split: storage NICs" in page
     assert "ideal, 1/2" in page
+
+
+def test_the_report_says_what_eats_the_rest() -> None:
+    """6 s of which reading took 5.4: two NICs of 100 MB/s each, 90 used."""
+    result = found(PREFILL_ONLY, SPLIT)
+    lines = what_eats_the_rest(result)
+    assert lines[1].startswith("split: 6.0 s. All storage NICs together at their full rate would")
+    assert "in 5.4 s" in lines[1]
+    assert "busy 90% of the steady part's 2.0 s" in lines[1]
+    assert "in 5.4 s" in comparison_page(_comparison())
+    unshaped = replace(result, spec=replace(SPEC, storage_rate=None))
+    assert what_eats_the_rest(unshaped) == []
 
 
 def test_plots_are_files_of_their_own() -> None:

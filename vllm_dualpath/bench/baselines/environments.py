@@ -30,6 +30,7 @@ class Requirements:
     """What an environment is made of."""
 
     packages: tuple[str, ...]
+    """Installed one after the other: together some would exclude each other, and the last wins."""
     without_dependencies: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -69,7 +70,8 @@ class Environment:
             return
         say(f"making {self.path} (some minutes): {wanted}")
         _run([sys.executable, "-m", "venv", "--clear", str(self.path)])
-        self._pip("install", *wanted.packages)
+        for package in wanted.packages:
+            self._pip("install", package)
         self._pip("uninstall", "--yes", *_BROKEN)
         self._pip("install", "--no-deps", *wanted.without_dependencies)
         ready.write_text(str(wanted), "utf-8")

@@ -157,7 +157,33 @@ def _section(comparison: Comparison, found: TopologyResult) -> str:
     for mode, run in first.items():
         plots += [_nic_plot(found, mode, run, "storage"), _nic_plot(found, mode, run, "compute")]
     plots.append(_balance_bars(found))
-    return f"<h2>{found.topology}</h2>{''.join(plots)}"
+    rest = "".join(f"<li>{escape(line)}</li>" for line in what_eats_the_rest(found))
+    return f"<h2>{found.topology}</h2><ul>{rest}</ul>{''.join(plots)}"
+
+
+def what_eats_the_rest(found: TopologyResult) -> list[str]:
+    """Of each mode's time: what the bytes read need at the NICs' full rate, and what else there is.
+
+    Empty where the NICs are not shaped.
+    """
+    rate, num_nics = found.spec.storage_rate, len(found.spec.engine_nodes())
+    if rate is None:
+        return []
+    lines = []
+    for mode in found.modes:
+        run = found.of(mode)[0]
+        use, steady = RunUse(run, found.spec), run.steady
+        reading_s = use.read_bytes() * 8 / (rate * num_nics)
+        before_s, after_s = steady.start_s - run.start_s, run.whole.end_s - steady.end_s
+        share = use.steady_read_share()
+        lines.append(
+            f"{mode}: {run.result.jct_s:.1f} s. All storage NICs together at their full rate would"
+            f" have read its bytes in {reading_s:.1f} s; they were busy {_number(share, '.0%')} of"
+            f" the steady part's {steady.length_s:.1f} s. The rest is the {before_s:.1f} s before"
+            f" it and {after_s:.1f} s after it: agents begin together and end one by one, and"
+            " the last read, prompt and answer of each overlap with nobody's."
+        )
+    return lines
 
 
 def _jct_bars(comparison: Comparison, found: TopologyResult) -> str:
