@@ -85,14 +85,7 @@ async def test_bodies_of_both_legs() -> None:
             )
         )
         (prefill,), (decode,) = harness.bodies("p:leg"), harness.bodies("d:leg")
-        assert prefill.keys() == {
-            "model",
-            "prompt",
-            "max_tokens",
-            "n",
-            "seed",
-            "kv_transfer_params",
-        }
+        assert prefill.keys() == {"model", "prompt", "max_tokens", "n", "kv_transfer_params"}
         assert (prefill["max_tokens"], prefill["n"], prefill["prompt"]) == (1, 1, IDS)
         assert prefill["kv_transfer_params"].keys() == {"dualpath"}
         leg = prefill["kv_transfer_params"]["dualpath"]
