@@ -36,7 +36,7 @@ def test_without_a_router_the_role_is_both() -> None:
     [
         ({"role": "producer"}, r"role: .*found 'producer'"),
         ({"role": "both"}, "role 'both' works without a router"),
-        ({"router": None}, "role 'prefill' needs a router key"),
+        ({"router": None}, "role 'prefill' needs the key router"),
         ({"store": "/mnt/kv"}, r"expected file:///absolute/path, found '/mnt/kv'"),
         ({"store": "file://host/kv"}, "expected file:///absolute/path"),
         ({"store": "redis://host"}, "expected file:///absolute/path"),

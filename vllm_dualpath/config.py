@@ -162,7 +162,8 @@ class EngineConfig(_Frozen):
     def _role_fits_router(self) -> EngineConfig:
         if self.router is None and self.role != "both":
             raise ValueError(
-                f"role {self.role!r} needs a router key; without a router the role is 'both'"
+                f"role {self.role!r} needs the key router (--router tcp://host:port);"
+                " without a router the role is 'both'"
             )
         if self.router is not None and self.role == "both":
             raise ValueError("role 'both' works without a router: use prefill or decode with one")

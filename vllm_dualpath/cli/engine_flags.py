@@ -18,7 +18,10 @@ StagingBytes = Annotated[
     int | None, typer.Option("--staging-bytes", help="Staging memory of each engine's mover.")
 ]
 BlockTokens = Annotated[
-    int | None, typer.Option("--block-tokens", help="Tokens a Full Block; default 64.")
+    int | None,
+    typer.Option(
+        "--block-tokens", help="Tokens a Full Block; default 64, or vLLM's block size if larger."
+    ),
 ]
 ConfigJson = Annotated[
     str | None,
