@@ -69,14 +69,10 @@ def test_abort_while_a_mover_is_silent(
 ) -> None:
     """The client leaves while a stopped mover has not answered yet."""
     prompt = _warm(llama, llama_reference, f"abort while silent {role}")
-    mover = llama.mover_pid(role)
-    os.kill(mover, signal.SIGSTOP)
-    try:
+    with _stopped(llama.mover_pid(role)):
         with _request(llama, prompt):
             wait_until(lambda: bool(llama.transfers()), "an open transfer", 5)
         wait_until(lambda: _is_ending(llama), "the end of the transfer", 5)
-    finally:
-        os.kill(mover, signal.SIGCONT)
     llama.wait_registered()
     llama.expect_clean()
     assert llama.ask(prompt, 10).tokens == llama_reference.tokens(prompt, 10)
@@ -84,6 +80,16 @@ def test_abort_while_a_mover_is_silent(
 
 def _is_ending(llama: Deployment) -> bool:
     return all(state.startswith("waiting for the end") for state in llama.transfers())
+
+
+@contextmanager
+def _stopped(pid: int) -> Iterator[None]:
+    """A process that stands still until the block is left."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 @contextmanager
@@ -199,13 +205,10 @@ def test_a_control_connection_that_breaks(
     prompt = _warm(llama, llama_reference, f"connection breaks {role}")
     mover = llama.mover_pid(role)
     with ThreadPoolExecutor(1) as pool:
-        os.kill(mover, signal.SIGSTOP)
-        try:
+        with _stopped(mover):
             _cut_connections_of(llama, mover)
             answer = pool.submit(llama.ask, prompt, 10)
             wait_until(lambda: bool(llama.transfers()), "an open transfer", 5)
-        finally:
-            os.kill(mover, signal.SIGCONT)
         assert answer.result(timeout=30).tokens == llama_reference.tokens(prompt, 10)
     llama.wait_registered()
     assert llama.mover_pid(role) == mover

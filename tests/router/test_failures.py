@@ -476,10 +476,7 @@ async def test_given_up_mover_is_told_to_start_anew() -> None:
 async def test_a_message_of_a_mover_that_was_lost() -> None:
     """A heartbeat counts more messages than came: its transfers end, here and at the mover."""
     async with pair(engine_wait_s=5) as harness:
-        harness.d.script = lambda message: isinstance(message, Reserve)
-        call = asyncio.ensure_future(harness.post(body()))
-        await harness.until(lambda: bool(harness.d.of(Reserve)))
-        harness.d.script = lambda _message: False
+        call = await _post_without_slots(harness)
         harness.d.say(Load(MoverStats(), 1000))
         await harness.until(lambda: _hears_another_router(harness))
         harness.d.hello_changes = {"registration": 1}
@@ -491,10 +488,7 @@ async def test_a_message_of_a_mover_that_was_lost() -> None:
 async def test_a_message_to_a_mover_that_was_lost() -> None:
     """A mover that missed one registers anew: what the router thinks is under way there is not."""
     async with pair(engine_wait_s=5) as harness:
-        harness.d.script = lambda message: isinstance(message, Reserve)
-        call = asyncio.ensure_future(harness.post(body()))
-        await harness.until(lambda: bool(harness.d.of(Reserve)))
-        harness.d.script = lambda _message: False
+        call = await _post_without_slots(harness)
         harness.d.hello_changes = {"registration": 1}
         harness.d.say(harness.d.hello())
         await harness.until(lambda: len(harness.d.router_boot_ids) == 2)
@@ -540,6 +534,15 @@ async def test_a_mover_that_begins_anew_tells_again_what_is_stored() -> None:
         await harness.until(lambda: len(harness.d.of(Welcome)) > before)
         assert harness.d.of(Welcome)[-1].send_snapshot
         await harness.until(lambda: harness.router.cluster.stores.num_pending == 0)
+
+
+async def _post_without_slots(harness: Harness) -> asyncio.Future[tuple[int, bytes]]:
+    """A request whose first ``Reserve`` the decode mover never answers."""
+    harness.d.script = lambda message: isinstance(message, Reserve)
+    call = asyncio.ensure_future(harness.post(body()))
+    await harness.until(lambda: bool(harness.d.of(Reserve)))
+    harness.d.script = lambda _message: False
+    return call
 
 
 def _hears_another_router(harness: Harness) -> bool:

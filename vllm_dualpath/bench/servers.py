@@ -32,8 +32,13 @@ _HTTP_TIMEOUT_S = 5.0
 
 def healthy(url: str) -> bool:
     """Whether ``GET /health`` answers 200 now."""
+    return answers(f"{url}/health")
+
+
+def answers(url: str) -> bool:
+    """Whether ``GET url`` answers 200 now."""
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=_HTTP_TIMEOUT_S) as response:
+        with urllib.request.urlopen(url, timeout=_HTTP_TIMEOUT_S) as response:
             return bool(response.status == 200)
     except (OSError, urllib.error.URLError):
         return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import threading
 from pathlib import Path
 from types import FrameType
@@ -13,6 +12,7 @@ import typer
 
 from vllm_dualpath.bench.cluster import ClusterSpec, LocalCluster
 from vllm_dualpath.bench.vllm_command import HOST
+from vllm_dualpath.cli.checks.host import check_port
 from vllm_dualpath.cli.engine_flags import (
     BlockTokens,
     ConfigJson,
@@ -58,7 +58,7 @@ def up(
     """
     checked_mode = parse_router_config({"mode": mode}).mode
     check_model(model)
-    check_port(port)
+    require_port(port)
     spec = ClusterSpec(
         model,
         store,
@@ -75,18 +75,14 @@ def up(
     raise typer.Exit(run_cluster(LocalCluster(spec), status_json, stop_event()))
 
 
-def check_port(port: int) -> None:
+def require_port(port: int) -> None:
     """Raise ``ConfigError`` if the router could not listen on this port of loopback."""
-    with socket.socket() as probe:
-        # As a server does: connections of one that has just ended do not count.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except (OSError, OverflowError) as exc:
-            raise ConfigError(
-                f"--port: expected a port of {HOST} that is free, found {port}: {exc}; end what"
-                " listens there or choose another"
-            ) from exc
+    found = check_port(port)
+    if found.level != "ok":
+        raise ConfigError(
+            f"--port: expected a port of {HOST} that is free, found {port}: {found.found};"
+            f" {found.advice}"
+        )
 
 
 def stop_event() -> threading.Event:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-import urllib.error
-import urllib.request
 
 from vllm_dualpath.bench.baselines.programs import (
     BaselineSpec,
@@ -15,11 +13,8 @@ from vllm_dualpath.bench.baselines.programs import (
 )
 from vllm_dualpath.bench.baselines.spinning import give_way
 from vllm_dualpath.bench.processes import ManagedProcess, ProcessGuard, stop_all
-from vllm_dualpath.bench.servers import START_TIMEOUT_S, require_alive
+from vllm_dualpath.bench.servers import START_TIMEOUT_S, answers, pause, require_alive
 from vllm_dualpath.errors import LaunchError
-
-_HTTP_TIMEOUT_S = 5.0
-_POLL_S = 0.2
 
 
 class BaselineCluster:
@@ -74,19 +69,11 @@ class BaselineCluster:
 
     def _wait_ready(self, program: Program, process: ManagedProcess) -> None:
         deadline_s = time.monotonic() + START_TIMEOUT_S
-        while not _answers(program.health_url):
+        while not answers(program.health_url):
             require_alive(process)
             if time.monotonic() > deadline_s:
                 raise LaunchError(
                     f"{self.spec.name}: {program.name} is not ready after {START_TIMEOUT_S:.0f} s;"
                     f" the end of {process.log_path}:\n{process.log_tail()}"
                 )
-            time.sleep(_POLL_S)
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=_HTTP_TIMEOUT_S) as response:
-            return bool(response.status == 200)
-    except (OSError, urllib.error.URLError):
-        return False
+            pause(None)

@@ -7,12 +7,14 @@ With the lowest priority they run on what nobody else wants.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
-_TICKS_S = 1 / os.sysconf("SC_CLK_TCK")
+from vllm_dualpath.bench.cpu_time import thread_seconds
+
 _WATCH_S = 2.0
 _SPINS = 0.25
 """Of a core, by a thread of a system that serves nobody: two that share one core have half each."""
@@ -52,12 +54,8 @@ def _members(sessions: set[int]) -> list[int]:
 
 def _used_s(pids: Iterable[int]) -> dict[int, float]:
     """CPU seconds of each thread so far."""
-    used = {}
+    used: dict[int, float] = {}
     for pid in pids:
-        for task in Path(f"/proc/{pid}/task").glob("*"):
-            try:
-                columns = (task / "stat").read_text("utf-8", "replace").rpartition(")")[2].split()
-            except OSError:
-                continue  # it has ended
-            used[int(task.name)] = (int(columns[11]) + int(columns[12])) * _TICKS_S
+        with contextlib.suppress(FileNotFoundError):  # it has ended
+            used |= thread_seconds(pid)
     return used

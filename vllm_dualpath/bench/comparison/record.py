@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vllm_dualpath.bench.baselines.environments import BASELINES, REQUIREMENTS
+from vllm_dualpath.bench.comparison.baseline_runs import is_baseline
 from vllm_dualpath.bench.comparison.machine import describe
 from vllm_dualpath.bench.comparison.measures import Run, RunUse, hit_bytes, run_json
 from vllm_dualpath.bench.comparison.settings import BASE_MODE, ComparisonPlan, Topology
@@ -85,21 +86,19 @@ class Comparison:
         """Every answer of every run of ours is that of the reference; without one, of the first
         run.
         """
-        return all_equal([*self._reference, *(run for run in self.runs if not _foreign(run))])
+        return all_equal(
+            [*self._reference, *(run for run in self.runs if not is_baseline(run.mode))]
+        )
 
     @property
     def baselines_exact(self) -> bool | None:
         """The same of the baselines' runs; ``None`` without any."""
-        foreign = [run for run in self.runs if _foreign(run)]
+        foreign = [run for run in self.runs if is_baseline(run.mode)]
         return all_equal([*self._reference, *self.runs[:1], *foreign]) if foreign else None
 
     @property
     def _reference(self) -> list[Run]:
         return [self.reference] if self.reference else []
-
-
-def _foreign(run: Run) -> bool:
-    return run.mode in BASELINES
 
 
 def all_equal(runs: Sequence[Run]) -> bool:
@@ -153,7 +152,7 @@ def plan_json(plan: ComparisonPlan) -> dict[str, Any]:
 def regime(plan: ComparisonPlan, found: TopologyResult) -> dict[str, float | None]:
     """Whether the figures mean what they are to mean; see docs/testbed.md."""
     base = found.of(BASE_MODE)
-    ours = [run for run in found.runs if not _foreign(run)]
+    ours = [run for run in found.runs if not is_baseline(run.mode)]
     uses = [RunUse(run, found.spec) for run in ours]
     base_uses = [RunUse(run, found.spec) for run in base]
     recompute_s = median(found.recompute_ttft_s)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from vllm_dualpath.bench.cpu_time import thread_seconds
 from vllm_dualpath.blocks import Geometry
 from vllm_dualpath.control.link import EngineLink
 from vllm_dualpath.errors import LaunchError
@@ -139,7 +140,4 @@ def _ignore(reason: str) -> None:
 
 def cpu_seconds(pid: int) -> float:
     """CPU time of all threads of a process, by the scheduler's own clock."""
-    total_ns = 0
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        total_ns += int((task / "schedstat").read_text().split()[0])
-    return total_ns / 1e9
+    return sum(thread_seconds(pid).values())

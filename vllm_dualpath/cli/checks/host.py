@@ -84,11 +84,11 @@ def check_port(port: int) -> Check:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
-        except OSError as exc:
+        except (OSError, OverflowError) as exc:
             return Check(
                 name,
                 "warn",
-                f"cannot be bound: {exc.strerror}",
+                f"cannot be bound: {getattr(exc, 'strerror', exc)}",
                 "stop who has it, or choose another",
             )
     return Check(name, "ok", "free")
