@@ -32,3 +32,18 @@ def test_an_ordered_cover_is_a_plan(num_hit_blocks: int, segments: tuple[Segment
 def test_anything_else_is_no_plan(num_hit_blocks: int, segments: tuple[Segment, ...]) -> None:
     with pytest.raises(ValueError, match="read plan"):
         ReadPlan(num_hit_blocks, segments)
+
+
+@pytest.mark.parametrize(("num_cached", "segments"), [(4, ()), (1, (Segment("a", 1, 4),))])
+def test_cached_blocks_are_read_by_nobody(num_cached: int, segments: tuple[Segment, ...]) -> None:
+    assert ReadPlan(4, segments, num_cached).segments == segments
+
+
+@pytest.mark.parametrize(
+    ("num_cached", "segments"),
+    [(5, ()), (-1, (Segment("a", -1, 4),)), (1, (Segment("a", 0, 4),)), (1, ())],
+    ids=["past the hit", "negative", "read too", "unread"],
+)
+def test_wrong_cached_blocks(num_cached: int, segments: tuple[Segment, ...]) -> None:
+    with pytest.raises(ValueError, match="read plan"):
+        ReadPlan(4, segments, num_cached)

@@ -205,6 +205,13 @@ class RouterConfig(_Frozen):
     max_readers: int = Field(
         4, ge=1, le=16, description="pool mode: at most so many engines read for one request"
     )
+    short_prompt_tokens: int = Field(
+        256,
+        ge=0,
+        description="a decode engine computes prompts of at most so many tokens itself: that costs"
+        " it less than a transfer would; 0: none. Text counts as a token for each four bytes of"
+        " the request",
+    )
     alpha_s: float = Field(
         3.0, gt=0, description="a prefill engine with more seconds to read is avoided"
     )
@@ -219,6 +226,10 @@ class RouterConfig(_Frozen):
     )
     profile: Path | None = Field(
         None, description="what vllm-dualpath profile wrote: rates of computing and of reading"
+    )
+    read_past_cache: bool = Field(
+        True,
+        description="do not read what the prefill engine still has in vLLM's own prefix cache",
     )
     recompute: bool = Field(
         False,

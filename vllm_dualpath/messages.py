@@ -13,7 +13,8 @@ compared before anything else is believed.
 
 Version history: 1 - first. 2 - donors: ``Donate``; ``Reserve`` names them, ``Hello`` says how many
 slots there are for it, ``WriterStopped`` says who has stopped. 3 - ``Load``, ``Pong``, ``Hello``
-and ``Welcome`` count messages, so that one that was lost is noticed; ``Hello.registration``.
+and ``Welcome`` count messages, so that one that was lost is noticed; ``Hello.registration``. 4 -
+``Stage.num_cached_blocks``, ``Hello.prefix_caching``, ``NotCached``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import msgspec
 from vllm_dualpath.blocks import Geometry
 from vllm_dualpath.errors import ProtocolError
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 MAX_MESSAGE_BYTES = 64 << 20
 
@@ -125,7 +126,7 @@ class MoverStats(Message, frozen=True, kw_only=True):
     rejected_messages: Count = 0
     load_failures: dict[str, Count] = {}
     """By reason: ``corrupt``, ``missing``, ``io_error``, ``stalled``, ``peer_lost``,
-    ``cancelled``.
+    ``cancelled``, ``not_cached``.
     """
     stage_seconds: tuple[float, ...] = ()
     """Durations of stagings that ended since the last report; not cumulative."""
@@ -245,6 +246,10 @@ class Stage(Message, frozen=True, kw_only=True):
     digest: Hash
     segments: tuple[SegmentSpec, ...]
     peer: Peer
+    num_cached_blocks: Index = 0
+    """Leading hit blocks that nobody reads: the prefill engine has them in its own prefix cache
+    and saves them like new pages.
+    """
     num_releases: Index = 1
     """How many requests of the engine will take the slots (``n`` of the client's request)."""
 
@@ -345,6 +350,8 @@ class Hello(Message, frozen=True, kw_only=True):
     """Slots to read through for other engines' transfers; 0: it is no donor."""
     kv_tokens: Count = 0
     """Tokens that fit the engine's KV cache; 0: not known."""
+    prefix_caching: bool = False
+    """Whether vLLM keeps the KV of finished prompts in that cache."""
     registration: Count = 0
     """Grows when the mover has ended its transfers and begins anew, though its boot id stays."""
     num_sent: Count = 0
@@ -408,6 +415,14 @@ class Ready(Message, frozen=True):
     num_hit_blocks: Index
 
 
+class NotCached(Message, frozen=True):
+    """The prefill engine did not have the blocks that the plan left to its own prefix cache, and
+    computes the prompt from there on. From its scheduler side through its mover to the router.
+    """
+
+    key: TransferKey
+
+
 class Committed(Message, frozen=True):
     """Decode side: every page of the prompt is good and published to the engine."""
 
@@ -449,6 +464,7 @@ MoverMessage = (
     | SegmentDone
     | CutDone
     | Ready
+    | NotCached
     | Committed
     | Ended
     | Stored
@@ -474,6 +490,8 @@ class MoverSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     geometry: GeometrySpec
     max_model_len: Count
     kv_tokens: Count = 0
+    """As in ``Hello``."""
+    prefix_caching: bool = False
     """As in ``Hello``."""
 
 
@@ -544,6 +562,7 @@ EngineMessage = (
     Attach
     | Mapped
     | Saved
+    | NotCached
     | Release
     | Persist
     | ReturnPersistSlots

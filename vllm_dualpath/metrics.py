@@ -33,7 +33,7 @@ _WAIT_BUCKETS = (1e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 0.1
 ROUTER_REQUESTS = Metric(
     "dualpath_router_requests",
     "counter",
-    "Requests by outcome: transferred, alone, rejected, cancelled or failed.",
+    "Requests by outcome: transferred, short, alone, rejected, cancelled or failed.",
     ("outcome",),
 )
 ROUTER_ATTEMPTS_FAILED = Metric(
@@ -45,7 +45,7 @@ ROUTER_ATTEMPTS_FAILED = Metric(
 ROUTER_PLANNED_TOKENS = Metric(
     "dualpath_router_planned_tokens",
     "counter",
-    "Hit tokens that plans gave to a reader: the prefill or the decode side, or a donor.",
+    "Hit tokens that plans gave to the prefill side, the decode side, donors, or nobody (cache).",
     ("reader_role",),
 )
 ROUTER_DECISION_SECONDS = Metric(
@@ -141,10 +141,10 @@ FENCE_WAIT_SECONDS = Metric(
     buckets=_WAIT_BUCKETS,
 )
 
-READER_ROLES = ("prefill", "decode", "donor")
+READER_ROLES = ("prefill", "decode", "donor", "cache")
 PUSH_DIRECTIONS = ("to_prefill", "to_decode")
 SLOT_STATES = ("used", "free", "quarantined")
-REQUEST_OUTCOMES = ("transferred", "alone", "rejected", "cancelled", "failed")
+REQUEST_OUTCOMES = ("transferred", "short", "alone", "rejected", "cancelled", "failed")
 
 ROUTER_METRICS = (
     ROUTER_REQUESTS,

@@ -53,6 +53,7 @@ Placement = _native.Placement
 PolicyCore = _native.PolicyCore
 PolicyParameters = _native.PolicyParameters
 PrefillCurve = _native.PrefillCurve
+PrefixCacheModel = _native.PrefixCacheModel
 ReadPath = _native.ReadPath
 ReadRate = _native.ReadRate
 Role = _native.Role
@@ -77,6 +78,7 @@ __all__ = [
     "PolicyCore",
     "PolicyParameters",
     "PrefillCurve",
+    "PrefixCacheModel",
     "RawPutLoop",
     "RawPutTarget",
     "ReadPath",

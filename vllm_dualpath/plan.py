@@ -24,7 +24,8 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class ReadPlan:
-    """An ordered cover of the hit blocks ``[0, num_hit_blocks)`` of one request.
+    """An ordered cover of the hit blocks of one request that have to be read:
+    ``[num_cached_blocks, num_hit_blocks)``.
 
     Raises ``ValueError`` when the segments leave a gap, overlap, are empty or out of order:
     a plan that exists is a plan that can be executed.
@@ -32,12 +33,17 @@ class ReadPlan:
 
     num_hit_blocks: int
     segments: tuple[Segment, ...]
+    num_cached_blocks: int = 0
+    """Leading blocks that the prefill engine has in its own prefix cache: nobody reads them."""
 
     def __post_init__(self) -> None:
-        expected = 0
+        expected = self.num_cached_blocks
         for segment in self.segments:
             if segment.first_block != expected or segment.num_blocks <= 0:
                 raise ValueError(f"read plan: {segment} does not continue at block {expected}")
             expected = segment.last_block
-        if expected != self.num_hit_blocks:
-            raise ValueError(f"read plan covers {expected} of {self.num_hit_blocks} blocks")
+        if expected != self.num_hit_blocks or self.num_cached_blocks < 0:
+            raise ValueError(
+                f"read plan covers [{self.num_cached_blocks}, {expected}) of"
+                f" {self.num_hit_blocks} blocks"
+            )

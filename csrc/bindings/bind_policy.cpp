@@ -9,6 +9,7 @@
 
 #include "bindings/bindings.hpp"
 #include "policy/policy.hpp"
+#include "policy/prefix_cache.hpp"
 #include "policy/read_rate.hpp"
 
 namespace py = pybind11;
@@ -157,8 +158,20 @@ void bind_parameters(py::module_& module) {
         .def_readwrite("near_tie", &Parameters::near_tie)
         .def_readwrite("prompt_token_work", &Parameters::prompt_token_work)
         .def_readwrite("read_past_cache", &Parameters::read_past_cache)
+        .def_readwrite("cached_token_work", &Parameters::cached_token_work)
         .def_readwrite("recompute", &Parameters::recompute)
         .def_readwrite("recompute_price", &Parameters::recompute_price);
+}
+
+void bind_prefix_cache(py::module_& module) {
+    py::class_<PrefixCacheModel>(module, "PrefixCacheModel")
+        .def(py::init<std::int64_t>(), py::arg("room_tokens"))
+        .def("begin", &PrefixCacheModel::begin, py::arg("key"), py::arg("num_tokens"),
+             py::arg("extended") = PrefixCacheModel::kNothing)
+        .def("end", &PrefixCacheModel::end, py::arg("key"), py::arg("computed"))
+        .def("holds", &PrefixCacheModel::holds, py::arg("key"))
+        .def("missed", &PrefixCacheModel::missed)
+        .def_property_readonly("is_overcommitted", &PrefixCacheModel::is_overcommitted);
 }
 
 // (engine, first block, last block) of each segment.
@@ -203,6 +216,7 @@ void bind_policy(py::module_& module) {
     bind_state(module);
     bind_view(module);
     bind_parameters(module);
+    bind_prefix_cache(module);
     py::class_<Policy>(module, "PolicyCore")
         .def(py::init<const Parameters&>(), py::arg("parameters"))
         .def("decide", &decide, py::arg("view"), py::arg("num_tokens"), py::arg("num_hit_blocks"),

@@ -45,6 +45,7 @@ py::dict counts_of(const sim::Counts& counts) {
     result["finished_agents"] = counts.finished_agents;
     result["read_tokens"] = counts.read_tokens;
     result["recomputed_tokens"] = counts.recomputed_tokens;
+    result["cached_tokens"] = counts.cached_tokens;
     result["computed_tokens"] = counts.computed_tokens;
     result["generated_tokens"] = counts.generated_tokens;
     result["persisted_tokens"] = counts.persisted_tokens;

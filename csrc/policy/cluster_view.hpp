@@ -33,7 +33,8 @@ struct EngineState {
     bool usable = true;
     bool donates = true;  // may read for requests of other engines (pool)
     std::uint32_t node = 0;
-    std::uint32_t group = 0;                 // of decode engines with one leader
+    std::uint32_t group = 0;                 // of decode engines with one leader, of prefill
+                                             // engines that step together
     std::int64_t num_requests = 0;           // unfinished (seq_e)
     std::int64_t num_tokens = 0;             // theirs (tok_e)
     std::int64_t num_compute_tokens = 0;     // of those, to be computed still (prefill)

@@ -26,6 +26,10 @@ void charge_read(ClusterView& view, const Decision& decision, const ReadSegment&
     charge_pushes(view, decision, segment.node, num_tokens);
 }
 
+void charge_cached(ClusterView& view, const Decision& decision, std::int64_t num_tokens) {
+    charge_pushes(view, decision, view.engines[decision.prefill].node, num_tokens);
+}
+
 void charge(ClusterView& view, const Request& request, const Decision& decision) {
     EngineState& prefill = view.engines[decision.prefill];
     EngineState& decode = view.engines[decision.decode];
@@ -41,8 +45,7 @@ void charge(ClusterView& view, const Request& request, const Decision& decision)
         charge_read(view, decision, segment,
                     static_cast<std::int64_t>(segment.num_blocks()) * request.block_tokens);
     }
-    // Cached blocks go to the decode side from the prefill engine itself.
-    charge_pushes(view, decision, prefill.node,
+    charge_cached(view, decision,
                   static_cast<std::int64_t>(decision.num_cached_blocks) * request.block_tokens);
 }
 

@@ -81,6 +81,9 @@ struct Decision {
 void charge_read(ClusterView& view, const Decision& decision, const ReadSegment& segment,
                  std::int64_t num_tokens);
 
+// The same for tokens of the prefill engine's own cache, which go to the decode side from there.
+void charge_cached(ClusterView& view, const Decision& decision, std::int64_t num_tokens);
+
 // Puts a placed request's weight on the view: requests, tokens, room and read queues.
 void charge(ClusterView& view, const Request& request, const Decision& decision);
 

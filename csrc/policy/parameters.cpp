@@ -53,6 +53,8 @@ void check(const Parameters& parameters) {
             parameters.near_tie);
     require(parameters.prompt_token_work >= 0 && parameters.prompt_token_work <= 1,
             "prompt_token_work", "0 to 1", parameters.prompt_token_work);
+    require(parameters.cached_token_work >= 0 && parameters.cached_token_work <= 1,
+            "cached_token_work", "0 to 1", parameters.cached_token_work);
     require(std::isfinite(parameters.recompute_price) && parameters.recompute_price >= 0,
             "recompute_price", "0 or more", parameters.recompute_price);
 }

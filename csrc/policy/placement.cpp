@@ -37,13 +37,6 @@ std::uint32_t least(const ClusterView& view, const Able& able, const KeyOf& key_
     return best;
 }
 
-// Among engines that are nearly alike: most cached blocks first, then whose node reads soonest. Not
-// whose node read least lately: that would send requests to engines whose group is busy.
-auto near_key(const ClusterView& view, const Request& request, std::uint32_t e) {
-    const EngineState& engine = view.engines[e];
-    return std::tuple(-static_cast<std::int64_t>(request.cached_blocks(e)),
-                      view.read_queue_s(engine.node), engine.num_requests, engine.num_tokens);
-}
 
 std::uint32_t by_turn(const ClusterView& view, const Request& request, Role role) {
     std::uint64_t num_able = 0;
@@ -105,16 +98,27 @@ bool Placer::has_short_queue(const ClusterView& view, std::uint32_t node) const 
     return static_cast<double>(view.nodes[node].read_queue_tokens) <= parameters_.alpha_s * rate;
 }
 
-std::uint32_t Placer::choose_prefill(const ClusterView& view, const Request& request) const {
+// Among engines that are nearly alike: most cached blocks first, then whose node reads soonest and
+// has read least lately.
+auto Placer::near_key(const ClusterView& view, const Request& request, std::uint32_t e) const {
+    const EngineState& engine = view.engines[e];
+    return std::tuple(-static_cast<std::int64_t>(request.cached_blocks(e)),
+                      view.read_level_s(engine.node, parameters_.evenness), engine.num_requests,
+                      engine.num_tokens);
+}
+
+std::uint32_t Placer::choose_prefill(const ClusterView& view, const Request& request) {
     const std::int64_t beta = request.ignore_load ? kNoLimit : parameters_.beta_tokens;
     const auto able = [&](const EngineState& engine) {
         return could_take(engine, Role::kPrefill, request) && engine.num_tokens <= beta &&
                has_room(engine, request);
     };
     using Key = std::pair<bool, double>;
+    const auto load_of = [&](std::uint32_t e) {
+        return prefill_load(view.engines[e]) - saved_work(request, e);
+    };
     const auto key_of = [&](std::uint32_t e) {
-        const EngineState& engine = view.engines[e];
-        return Key{!has_short_queue(view, engine.node), prefill_load(engine)};
+        return Key{!has_short_queue(view, view.engines[e].node), load_of(e)};
     };
     const std::uint32_t best = least(view, able, key_of);
     if (best == kNone || !is_balanced()) return best;
@@ -122,10 +126,22 @@ std::uint32_t Placer::choose_prefill(const ClusterView& view, const Request& req
     const double own = work(request.num_tokens - request.hit_tokens(), request.num_tokens);
     const auto is_near = [&, most = lightest + parameters_.near_tie * std::max(lightest, own),
                           only_long = is_long](const EngineState& engine) {
-        return prefill_load(engine) <= most && able(engine) &&
+        const auto e = static_cast<std::uint32_t>(&engine - view.engines.data());
+        return load_of(e) <= most && able(engine) &&
                (only_long || has_short_queue(view, engine.node));
     };
-    return least(view, is_near, [&](std::uint32_t e) { return near_key(view, request, e); });
+    // A group that steps together is as busy as all of it: of idle engines those of an idle group.
+    sum_prefill_requests(view);
+    return least(view, is_near, [&](std::uint32_t e) {
+        return std::pair(prefill_requests_[view.engines[e].group], near_key(view, request, e));
+    });
+}
+
+void Placer::sum_prefill_requests(const ClusterView& view) {
+    prefill_requests_.assign(view.engines.size() + 1, 0);
+    for (const EngineState& engine : view.engines) {
+        if (engine.role == Role::kPrefill) prefill_requests_[engine.group] += engine.num_requests;
+    }
 }
 
 double Placer::work(std::int64_t compute_tokens, std::int64_t num_tokens) const {
@@ -136,6 +152,14 @@ double Placer::work(std::int64_t compute_tokens, std::int64_t num_tokens) const 
 double Placer::prefill_load(const EngineState& engine) const {
     if (!is_balanced()) return static_cast<double>(engine.num_tokens);
     return work(engine.num_compute_tokens, engine.num_tokens);
+}
+
+// What an engine saves that need not be read for it.
+double Placer::saved_work(const Request& request, std::uint32_t engine) const {
+    if (!is_balanced() || !parameters_.read_past_cache) return 0;
+    const std::uint32_t num_blocks =
+        std::min(request.cached_blocks(engine), request.num_hit_blocks);
+    return parameters_.cached_token_work * num_blocks * request.block_tokens;
 }
 
 std::uint32_t Placer::choose_decode(const ClusterView& view, const Request& request) {

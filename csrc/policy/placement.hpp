@@ -31,10 +31,13 @@ class Placer {
     };
 
     bool is_balanced() const { return parameters_.placement == Placement::kBalanced; }
-    std::uint32_t choose_prefill(const ClusterView& view, const Request& request) const;
+    auto near_key(const ClusterView& view, const Request& request, std::uint32_t e) const;
+    std::uint32_t choose_prefill(const ClusterView& view, const Request& request);
+    void sum_prefill_requests(const ClusterView& view);
     // In tokens to compute.
     double work(std::int64_t compute_tokens, std::int64_t num_tokens) const;
     double prefill_load(const EngineState& engine) const;
+    double saved_work(const Request& request, std::uint32_t engine) const;
     bool has_short_queue(const ClusterView& view, std::uint32_t node) const;
     std::uint32_t choose_decode(const ClusterView& view, const Request& request);
     void sum_groups(const ClusterView& view, const Request& request);
@@ -42,7 +45,8 @@ class Placer {
     double level(const Group& group, const Request& request) const;
 
     Parameters parameters_;
-    std::vector<Group> groups_;
+    std::vector<Group> groups_;  // of decode engines
+    std::vector<std::int64_t> prefill_requests_;  // by group
 };
 
 }  // namespace dualpath::policy

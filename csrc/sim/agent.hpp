@@ -34,7 +34,8 @@ struct Agent {
     std::int64_t generated = 0;
     std::int64_t prefill_staging = 0;  // bytes held
     std::int64_t decode_staging = 0;
-    double context_s = 0;  // what it adds to its decode group's step
+    policy::CachedPrefix cached{policy::kNone, 0};  // of the last prompt, on its prefill engine
+    double context_s = 0;                           // what it adds to its decode group's step
 
     double ready_s = 0;
     double placed_s = 0;

@@ -15,6 +15,9 @@ Dispatcher::Dispatcher(const Settings& settings)
     add_engines(settings, policy::Role::kPrefill);
     add_engines(settings, policy::Role::kDecode);
     policy::check(view_);
+    const double room = kCacheShare * static_cast<double>(settings.prefill.cache_tokens);
+    prefix_caches_.assign(num_prefill_engines_,
+                          policy::PrefixCacheModel(static_cast<std::int64_t>(room)));
 }
 
 void Dispatcher::add_engines(const Settings& settings, policy::Role role) {
@@ -49,6 +52,10 @@ std::optional<Dispatcher::Answer> Dispatcher::next() {
     Answer answer{waiting_.front(), {}};
     answer.waiting.request.line = &line_;
     answer.waiting.request.turn = num_placed_;
+    const policy::CachedPrefix& cached = answer.waiting.cached;
+    const auto key = key_of(answer.waiting.agent);
+    if (cached.engine != policy::kNone && prefix_caches_[cached.engine].holds(key))
+        answer.waiting.request.cached = {&cached, 1};
     answer.decision = policy_.decide(view_, answer.waiting.request);
     ++num_decisions_;
     blocked_ = answer.decision.verdict == policy::Verdict::kWaitPrefill ||
@@ -56,6 +63,7 @@ std::optional<Dispatcher::Answer> Dispatcher::next() {
     if (blocked_) return std::nullopt;
     if (answer.decision.placed()) {
         policy::charge(view_, answer.waiting.request, answer.decision);
+        prefix_caches_[answer.decision.prefill].begin(key, answer.waiting.request.num_tokens);
         ++num_placed_;
     }
     line_.pop();
@@ -69,8 +77,11 @@ void Dispatcher::end_read(const policy::Decision& decision, std::size_t segment)
     policy::charge_read(view_, decision, part, -tokens);
 }
 
-void Dispatcher::end_prefill(const policy::Decision& decision, std::int64_t prompt,
-                             std::int64_t computed) {
+void Dispatcher::end_prefill(const policy::Decision& decision, std::uint32_t agent,
+                             std::int64_t prompt, std::int64_t computed, bool is_done) {
+    prefix_caches_[decision.prefill].end(key_of(agent), is_done);
+    const auto num_cached = static_cast<std::int64_t>(decision.num_cached_blocks);
+    policy::charge_cached(view_, decision, -num_cached * block_tokens_);
     policy::EngineState& engine = view_.engines[decision.prefill];
     --engine.num_requests;
     engine.num_tokens -= prompt;

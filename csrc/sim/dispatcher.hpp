@@ -4,8 +4,10 @@
 #include <cstdint>
 #include <deque>
 #include <optional>
+#include <vector>
 
 #include "policy/policy.hpp"
+#include "policy/prefix_cache.hpp"
 #include "sim/settings.hpp"
 
 namespace dualpath::sim {
@@ -15,6 +17,7 @@ class Dispatcher {
     struct Waiting {
         std::uint32_t agent;
         policy::Request request;
+        policy::CachedPrefix cached{policy::kNone, 0};  // if the engine still holds it
     };
     struct Answer {
         Waiting waiting;
@@ -29,7 +32,9 @@ class Dispatcher {
 
     // What a placed request weighs is taken back part by part as its work ends.
     void end_read(const policy::Decision& decision, std::size_t segment);
-    void end_prefill(const policy::Decision& decision, std::int64_t prompt, std::int64_t computed);
+    // `is_done`: the engine has computed the prompt, and did not lose it.
+    void end_prefill(const policy::Decision& decision, std::uint32_t agent, std::int64_t prompt,
+                     std::int64_t computed, bool is_done);
     void end_decode(const policy::Decision& decision, std::int64_t prompt, std::int64_t room);
     void lose_node(std::uint32_t node);
     void set_read_rate(std::uint32_t node, double tokens_per_s);
@@ -45,10 +50,12 @@ class Dispatcher {
 
   private:
     void add_engines(const Settings& settings, policy::Role role);
+    static policy::PrefixCacheModel::Key key_of(std::uint32_t agent) { return agent + 1U; }
 
     policy::ClusterView view_;
     policy::Policy policy_;
     policy::WaitingLine line_;
+    std::vector<policy::PrefixCacheModel> prefix_caches_;  // of prefill engines
     std::deque<Waiting> waiting_;
     std::uint32_t num_prefill_engines_;
     std::uint32_t block_tokens_;

@@ -58,7 +58,7 @@ void Simulation::repeat_turn(std::uint32_t index) {
         cluster_.decode_group(seat.group).leave(now(), seat.engine, agent.context_s);
         schedule_decode_end(seat.group);
     }
-    if (agent.prefill_open) close_prefill(agent);
+    if (agent.prefill_open) close_prefill(index, false);
     close_decode(agent);
     begin_turn(index);
 }

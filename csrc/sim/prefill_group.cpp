@@ -60,7 +60,7 @@ void PrefillGroup::fill(Engine& engine) {
         cache_left -= length;
         engine.attention_s += attention;
         engine.num_tokens += count;
-        loaded += prompt.num_cached;
+        loaded += prompt.num_cached - prompt.num_held;
         sent += count + prompt.num_forward;
         prompt.num_cached += count;
         prompt.num_new -= count;

@@ -18,6 +18,7 @@ class PrefillGroup {
         std::int64_t num_cached;   // tokens before those that are still to be computed
         std::int64_t num_new;      // still to be computed
         std::int64_t num_forward;  // hit tokens that the decode node does not have yet
+        std::int64_t num_held;     // of those before: in the engine's own cache, not to be loaded
     };
     struct Step {
         double duration_s = 0;

@@ -26,6 +26,7 @@ struct Counts {
     std::uint64_t finished_agents = 0;
     std::uint64_t read_tokens = 0;
     std::uint64_t recomputed_tokens = 0;  // of a hit, by choice
+    std::uint64_t cached_tokens = 0;      // of a hit, in the prefill engine's own cache
     std::uint64_t computed_tokens = 0;
     std::uint64_t generated_tokens = 0;
     std::uint64_t persisted_tokens = 0;

@@ -53,7 +53,7 @@ class Simulation {
     void decode(std::uint32_t agent);
     void end_turn(std::uint32_t agent);
     void end_agent(std::uint32_t agent);
-    void close_prefill(Agent& agent);
+    void close_prefill(std::uint32_t agent, bool is_done);
     void close_decode(Agent& agent);
     void release_staging(std::int64_t& held, std::uint32_t node);
     void grant_staging(std::uint32_t node);

@@ -22,7 +22,7 @@ void Simulation::begin_turn(std::uint32_t index) {
     request.block_tokens = settings_.block_tokens;
     if (!settings_.switches.oracle)
         request.num_hit_blocks = static_cast<std::uint32_t>(agent.stored / settings_.block_tokens);
-    dispatcher_.enqueue({index, request});
+    dispatcher_.enqueue({index, request, agent.cached});
 }
 
 void Simulation::place_waiting() {
@@ -89,18 +89,23 @@ void Simulation::prefill(std::uint32_t index) {
     const std::int64_t hit = hit_tokens(agent);
     const std::int64_t recomputed =
         static_cast<std::int64_t>(agent.decision.num_recompute_blocks) * settings_.block_tokens;
+    const std::int64_t cached =
+        static_cast<std::int64_t>(agent.decision.num_cached_blocks) * settings_.block_tokens;
     recorder_.counts().recomputed_tokens += static_cast<std::uint64_t>(recomputed);
+    recorder_.counts().cached_tokens += static_cast<std::uint64_t>(cached);
     const Cluster::Seat seat = cluster_.prefill_seat(agent.decision.prefill);
     PrefillGroup& group = cluster_.prefill_group(seat.group);
     group.add(seat.engine, {index, agent.attempt, hit - recomputed, agent.prompt - hit + recomputed,
-                            prefill_read_tokens(agent)});
+                            prefill_read_tokens(agent) + cached, cached});
     if (!group.is_stepping()) begin_prefill_step(seat.group);
 }
 
 void Simulation::end_prefill(std::uint32_t index) {
     Agent& agent = agents_[index];
     agent.first_token_s = agent.second_token_s = now();
-    close_prefill(agent);
+    agent.cached = {agent.decision.prefill,
+                    static_cast<std::uint32_t>(agent.prompt / settings_.block_tokens)};
+    close_prefill(index, true);
     if (agent.generated == 1) return end_turn(index);
     agent.stage = Stage::kCacheRoom;
     if (cluster_.decode_engine(agent.decision.decode)
@@ -161,13 +166,14 @@ void Simulation::end_agent(std::uint32_t index) {
 }
 
 // The prefill engine's share of a placed request is over.
-void Simulation::close_prefill(Agent& agent) {
+void Simulation::close_prefill(std::uint32_t index, bool is_done) {
+    Agent& agent = agents_[index];
     const std::int64_t known =
         settings_.switches.oracle
             ? 0
             : hit_tokens(agent) - static_cast<std::int64_t>(agent.decision.num_recompute_blocks) *
                                       settings_.block_tokens;
-    dispatcher_.end_prefill(agent.decision, agent.prompt, agent.prompt - known);
+    dispatcher_.end_prefill(agent.decision, index, agent.prompt, agent.prompt - known, is_done);
     agent.prefill_open = false;
     release_staging(agent.prefill_staging, dispatcher_.node_of(agent.decision.prefill));
 }

@@ -16,7 +16,14 @@ pytestmark = pytest.mark.timeout(120)
 
 def test_every_request_is_transferred_and_what_is_missing_is_said(tmp_path: Path) -> None:
     """Without vllm-router the rest is measured; hits are hits, and nothing went another way."""
-    plan = Plan(1, 0.05, theirs_path=tmp_path, num_tokens=(100, 8000), connections=(2,))
+    plan = Plan(
+        1,
+        0.05,
+        transfer_all=True,
+        theirs_path=tmp_path,
+        num_tokens=(100, 8000),
+        connections=(2,),
+    )
     record = make_record(measure(plan))
     assert "pip install" in record["missing"][THEIRS]
     assert within_goal(record)

@@ -86,7 +86,9 @@ class ScriptedMover:
         key = TransferKey(os.urandom(16), 0)
         digest = changes.get("digest", prompt_digest(root, tokens))
         num_tokens = changes.get("num_tokens", len(tokens))
-        self.entries[key] = self.table.publish(key, num_hit_blocks, num_tokens, digest, slots)  # type: ignore[arg-type]
+        num_cached = changes.get("num_cached_blocks", 0)
+        entry = (key, num_hit_blocks, num_tokens, digest, slots, num_cached)
+        self.entries[key] = self.table.publish(*entry)  # type: ignore[arg-type]
         boot_id = changes.get("boot_id", self.boot_id)
         return LegParams.make(boot_id, key, num_hit_blocks, len(tokens)).to_params()  # type: ignore[arg-type]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.connector.engine import NUM_LAYERS, key_of
-from vllm_dualpath.messages import Release, Saved
+from vllm_dualpath.messages import NotCached, Release, Saved
 
 PROMPT = list(range(1, 43))  # 42 tokens: 5 full blocks of 8 and a part, 11 pages
 SLOTS = [7, 3, 9, 1, 12, 5]
@@ -18,6 +18,15 @@ def pages(first: int, last: int) -> dict:
 def publish(e, num_hits: int = 2, prompt=PROMPT, slots=SLOTS, **changes):
     e.stage(prompt, slots, num_hits * 8)
     return e.mover.publish(e.root, prompt, num_hits, slots, **changes)
+
+
+def publish_past_cache(e, num_cached: int, num_hits: int):
+    """Slots of the blocks that nobody read hold nothing."""
+    params = publish(e, num_hits, num_cached_blocks=num_cached)
+    for layer in range(NUM_LAYERS):
+        for page in range(2 * num_cached):
+            e.mover.page(SLOTS, layer, page)[:] = 0
+    return params
 
 
 def failures(e) -> dict:
@@ -68,6 +77,64 @@ def test_local_prefix_cache_and_hit(engine, is_async, num_known):
     e.check_output("r", 1)
     assert e.mover.saved_pages(key_of(params)) == pages(4, 11)
     e.check_staged(PROMPT, SLOTS, 4)
+    e.check_ended()
+
+
+@pytest.mark.parametrize("num_known", [16, 28, 40], ids=["exactly", "more", "past-the-hit"])
+@pytest.mark.parametrize("step_tokens", [512, 9], ids=["whole", "chunked"])
+def test_what_the_plan_left_to_the_cache_is_saved_from_there(
+    engine, is_async, num_known, step_tokens
+):
+    """Blocks that nobody read go out of the prefix cache, those that were read do not."""
+    e = engine("prefill", is_async=is_async, max_num_batched_tokens=step_tokens)
+    e.add("warm", [*PROMPT[:num_known], 80], 1)
+    e.run()
+    params = publish_past_cache(e, 2, 4)
+    e.add("r", PROMPT, 1, params)
+    e.run()
+    e.check_output("r", 1)
+    assert e.mover.saved_pages(key_of(params)) == {**pages(0, 4), **pages(8, 11)}
+    e.check_staged(PROMPT, SLOTS, 0)
+    assert not e.mover.of(NotCached)
+    e.check_ended()
+
+
+@pytest.mark.parametrize("num_known", [0, 8], ids=["nothing", "a-part"])
+@pytest.mark.parametrize("step_tokens", [512, 9], ids=["whole", "chunked"])
+def test_what_the_cache_holds_no_more_is_computed(engine, is_async, num_known, step_tokens):
+    """The slots cannot close the gap: everything after the local prefix is computed, the pages
+    that the decode side misses are saved once, and the mover hears of it once.
+    """
+    e = engine("prefill", is_async=is_async, max_num_batched_tokens=step_tokens)
+    if num_known:
+        e.add("warm", [*PROMPT[:num_known], 80], 1)
+        e.run()
+    params = publish_past_cache(e, 2, 4)
+    e.add("r", PROMPT, 1, params)
+    e.run()
+    e.check_output("r", 1)
+    assert e.mover.saved_pages(key_of(params)) == {**pages(0, 4), **pages(8, 11)}
+    e.check_staged(PROMPT, SLOTS, 0)
+    assert [each.key for each in e.mover.wait_for(NotCached)] == [key_of(params)]
+    e.check_ended()
+
+
+def test_preemption_between_cached_pages_and_new_ones(engine, is_async):
+    """What was saved from the cache is not saved again when the prompt is computed anew."""
+    e = engine("prefill", is_async=is_async, max_num_batched_tokens=8)
+    e.add("warm", [*PROMPT[:16], 80], 1)
+    e.run()
+    params = publish_past_cache(e, 2, 3)
+    e.add("r", PROMPT, 1, params)
+    e.step()
+    if is_async:
+        e.step()
+    e.preempt("r")
+    e.scheduler.reset_prefix_cache()
+    e.run()
+    e.check_output("r", 1)
+    assert e.mover.saved_pages(key_of(params)) == {**pages(0, 4), **pages(6, 11)}
+    e.check_staged(PROMPT, SLOTS, 0)
     e.check_ended()
 
 
@@ -164,6 +231,7 @@ def test_second_ask_before_allocation_answers_again(engine):
     [
         ("digest_mismatch", {"digest": bytes(32)}),
         ("digest_mismatch", {"num_tokens": 41}),
+        ("bad_entry", {"num_cached_blocks": 3}),
         ("boot_mismatch", {"boot_id": bytes(16)}),
     ],
 )

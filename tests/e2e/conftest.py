@@ -95,7 +95,12 @@ def prefix_caching_running(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_SERVER_DEV_MODE", "1")
         deployment = Deployment(
-            LLAMA, llama_dir, store, log_root / "prefix-caching", engine_args=PREFIX_CACHING
+            LLAMA,
+            llama_dir,
+            store,
+            log_root / "prefix-caching",
+            engine_args=PREFIX_CACHING,
+            router_args=("--read-past-nothing",),
         )
     with deployment:
         yield deployment

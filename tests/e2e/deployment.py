@@ -48,6 +48,7 @@ class Deployment:
         *,
         engine_args: Sequence[str],
         extra_config: Mapping[str, object] | None = None,
+        router_args: Sequence[str] = (),
         mode: str = "split",
     ) -> None:
         self.file_bytes = block_file_bytes(model)
@@ -58,7 +59,11 @@ class Deployment:
             mode=mode,  # type: ignore[arg-type]
             engine_args=(*COMMON_ARGS, *engine_args),
             # Tests know which side reads which block; measured rates would move that.
-            router_args=("--heartbeat-s", str(_HEARTBEAT_S), "--split-fraction", "0.5"),
+            router_args=(
+                *("--heartbeat-s", str(_HEARTBEAT_S), "--split-fraction", "0.5"),
+                *("--short-prompt-tokens", "0"),
+                *router_args,
+            ),
             extra_config={"staging_bytes": _STAGING_BYTES, **(extra_config or {})},
             log_dir=log_dir,
             start_timeout_s=_START_S,

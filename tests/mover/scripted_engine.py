@@ -75,19 +75,26 @@ class ScriptedEngine:
     def save_pages(
         self, claimed: ClaimedTransfer, prompt: Prompt, first_page: int | None = None
     ) -> None:
-        """Compute every page beyond the hits: write it to its slot, then say so, layer by layer."""
+        """Compute every page beyond the hits, and take those before them from the cache: write
+        each to its slot, then say so, layer by layer.
+        """
         per_block = GEOMETRY.pages_per_block
         first = claimed.num_hit_blocks * per_block if first_page is None else first_page
-        blocks = prompt.expected_blocks()
+        ranges = [(0, claimed.num_cached_blocks * per_block), (first, prompt.num_pages)]
         for layer in range(GEOMETRY.num_layers):
-            for page in range(first, prompt.num_pages):
-                block, in_block = divmod(page, per_block)
-                offset = GEOMETRY.page_offset(layer, in_block)
-                num_bytes = GEOMETRY.layer_page_bytes[layer]
-                start = claimed.slots[block] * GEOMETRY.slot_bytes + offset
-                self.staging[start : start + num_bytes] = blocks[block][offset : offset + num_bytes]
-            if first < prompt.num_pages:
-                self.worker.send(Saved(claimed.key, layer, first, prompt.num_pages))
+            for begin, end in ranges:
+                for page in range(begin, end):
+                    self._write_page(claimed, prompt, layer, page)
+                if begin < end:
+                    self.worker.send(Saved(claimed.key, layer, begin, end))
+
+    def _write_page(self, claimed: ClaimedTransfer, prompt: Prompt, layer: int, page: int) -> None:
+        block, in_block = divmod(page, GEOMETRY.pages_per_block)
+        offset = GEOMETRY.page_offset(layer, in_block)
+        num_bytes = GEOMETRY.layer_page_bytes[layer]
+        payload = prompt.expected_blocks()[block]
+        start = claimed.slots[block] * GEOMETRY.slot_bytes + offset
+        self.staging[start : start + num_bytes] = payload[offset : offset + num_bytes]
 
     def claim(self, key: TransferKey) -> ClaimedTransfer:
         claimed = self.table.claim(key)

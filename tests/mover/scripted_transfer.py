@@ -37,6 +37,8 @@ class Transfer:
         self.prompt = prompt
         self.donor = donor
         self.donor_reads_from: int | None = None
+        self.num_cached = 0
+        """Leading blocks that the plan leaves to the prefill engine's own cache."""
         self.key = TransferKey(os.urandom(16), 0)
         self.prefill_slots: tuple[int, ...] = ()
         self.decode_slots: tuple[int, ...] = ()
@@ -88,7 +90,7 @@ class Transfer:
     def _segments(self, split: int, num_hit_blocks: int) -> tuple[SegmentSpec, ...]:
         donated = num_hit_blocks if self.donor_reads_from is None else self.donor_reads_from
         parts = [
-            SegmentSpec(self.prefill.engine_id, 0, min(split, donated)),
+            SegmentSpec(self.prefill.engine_id, self.num_cached, min(split, donated)),
             SegmentSpec(self.decode.engine_id, min(split, donated), donated),
         ]
         if self.donor is not None:
@@ -119,6 +121,7 @@ class Transfer:
             pool="prefill" if at_prefill else "decode",
             num_tokens=len(self.prompt.tokens),
             num_hit_blocks=num_hit_blocks,
+            num_cached_blocks=self.num_cached,
             root=ROOT,
             block_hashes=self.prompt.hashes,
             digest=self.prompt.digest,
@@ -133,9 +136,9 @@ class Transfer:
         self.router.send(mover, End(self.key, drain, "test", self.staged))
 
     def assert_staged(self, claimed: ClaimedTransfer, mover: MoverProcess, num_blocks: int) -> None:
-        """The leading blocks in the slots are byte for byte what they shall be."""
+        """The blocks that were read are in the slots, byte for byte what they shall be."""
         expected = self.prompt.expected_blocks()
-        for block in range(num_blocks):
+        for block in range(self.num_cached, num_blocks):
             assert mover.engine.slot(claimed.slots[block]) == expected[block], f"block {block}"
 
     def assert_whole(self, claimed: ClaimedTransfer, mover: MoverProcess) -> None:

@@ -135,6 +135,22 @@ def test_bad_block(cluster: Cluster, damage: str, split: int, bad: int) -> None:
     cluster.finish(transfer)
 
 
+def test_a_cut_ends_where_the_cached_blocks_do(cluster: Cluster) -> None:
+    """The first block that was read is bad: the engine has those before it all the same."""
+    transfer = cluster.transfer(num_stored=3)
+    transfer.num_cached = 1
+    _damage(cluster, transfer.prompt.hashes[1], "corrupt")
+    transfer.reserve()
+    transfer.stage(3, 3)
+    done = cluster.router.expect(cluster.prefill, SegmentDone, transfer.key)
+    assert (done.first_block, done.good_until) == (1, 1)
+    for mover in (cluster.decode, cluster.prefill):
+        cluster.router.send(mover, Cut(transfer.key, 1))
+        cluster.router.expect(mover, CutDone, transfer.key)
+    cluster.commit(transfer, 1)
+    cluster.finish(transfer)
+
+
 def test_cut_again(cluster: Cluster) -> None:
     """A second, lower cut holds, and repeating one does no harm."""
     transfer = cluster.transfer(num_tokens=37, num_stored=4)

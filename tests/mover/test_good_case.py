@@ -6,7 +6,15 @@ import pytest
 
 from tests.mover.cluster import Cluster
 from tests.mover.material import GEOMETRY, block_payload, open_test_store, wait_for
-from vllm_dualpath.messages import Ended, Reserved, SegmentDone, Stored, TransferFailed
+from vllm_dualpath.messages import (
+    Ended,
+    NotCached,
+    Reserved,
+    Saved,
+    SegmentDone,
+    Stored,
+    TransferFailed,
+)
 from vllm_dualpath.storage.directio import aligned_buffer
 
 
@@ -28,6 +36,63 @@ def test_plans(cluster: Cluster, split: int, num_hits: int) -> None:
         assert (done.first_block, done.good_until, done.error) == (split, num_hits, "")
     cluster.commit(transfer, num_hits)
     cluster.finish(transfer)
+
+
+@pytest.mark.parametrize(("cached", "split"), [(1, 2), (2, 2), (1, 1), (3, 3)])
+def test_blocks_that_the_prefill_engine_holds_itself(
+    cluster: Cluster, cached: int, split: int
+) -> None:
+    """Nobody reads them; they are saved like new pages, and the decode engine gets every byte."""
+    transfer = cluster.transfer(num_stored=3)
+    transfer.num_cached = cached
+    transfer.reserve()
+    transfer.stage(split, 3)
+    cluster.commit(transfer, 3)
+    cluster.finish(transfer)
+    done = cluster.router.received(cluster.prefill) + cluster.router.received(cluster.decode)
+    read = [each for each in done if isinstance(each, SegmentDone)]
+    assert sum(each.last_block - each.first_block for each in read) == 3 - cached
+
+
+def test_an_engine_that_holds_them_no_more(cluster: Cluster) -> None:
+    """The router hears of it, and the transfer goes on: every page that is missed is computed."""
+    transfer = cluster.transfer(num_stored=3)
+    transfer.num_cached = 2
+    transfer.reserve()
+    transfer.stage(2, 3)
+    claimed = cluster.claim_ready(transfer, 3)
+    cluster.prefill.engine.scheduler.send(NotCached(transfer.key))
+    cluster.router.expect(cluster.prefill, NotCached, transfer.key)
+    cluster.prefill.engine.save_pages(claimed, transfer.prompt)
+    cluster.claim_committed(transfer)
+    cluster.finish(transfer)
+
+
+def test_pages_that_were_read_are_not_saved_over(cluster: Cluster) -> None:
+    """Nor is a plan taken whose cached blocks reach past the hit."""
+    transfer = cluster.transfer(num_stored=3)
+    transfer.num_cached = 1
+    transfer.reserve()
+    transfer.stage(2, 3)
+    claimed = cluster.claim_ready(transfer, 3)
+    per_block = GEOMETRY.pages_per_block
+    for pages in ((0, per_block + 1), (per_block, 2 * per_block)):
+        cluster.prefill.engine.worker.send(Saved(transfer.key, 0, *pages))
+    cluster.router.expect_load(
+        cluster.prefill, lambda load: load.stats.rejected_messages >= 2, "both are rejected"
+    )
+    cluster.prefill.engine.save_pages(claimed, transfer.prompt)
+    cluster.claim_committed(transfer)
+    cluster.finish(transfer)
+    wrong = cluster.transfer(num_stored=0)
+    wrong.num_cached = 1
+    wrong.reserve()
+    wrong.stage_at(cluster.prefill, 0, 0)
+    cluster.router.expect(cluster.prefill, TransferFailed, wrong.key)
+    for mover in (cluster.prefill, cluster.decode):
+        wrong.end(mover, drain=False)
+    for mover in (cluster.prefill, cluster.decode):
+        cluster.router.expect(mover, Ended, wrong.key)
 
 
 def test_new_blocks_are_stored(cluster: Cluster) -> None:

@@ -309,6 +309,7 @@ class Harness:
             control=f"tcp://127.0.0.1:{free_port()}",
             heartbeat_s=config.pop("heartbeat_s", 0.2),
             engine_wait_s=config.pop("engine_wait_s", 0.3),
+            short_prompt_tokens=config.pop("short_prompt_tokens", 0),
             deadlines=Deadlines(**deadlines),
             **config,
         )

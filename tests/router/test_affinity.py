@@ -1,52 +1,72 @@
-"""Who had a prompt last gets its next turn, where engines are alike."""
+"""Who had a prompt last gets its next turn, and what a prefill engine still holds is not read."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from aiohttp import web
 
-from vllm_dualpath.messages import Committed, Stage
+from vllm_dualpath.messages import Committed, Message, NotCached, Stage
 from vllm_dualpath.router.affinity import PrefixMemory
 from vllm_dualpath.router.engine import Engine
+from vllm_dualpath.router.orders import Prompt
 
-from .cluster import BLOCK_TOKENS, Harness, wire_key
+from .cluster import BLOCK_TOKENS, Harness, stored_blocks, wire_key
 from .test_good_case import body
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(60)]
+
+
+_CACHING = {"prefix_caching": True, "kv_tokens": 1000}
 
 
 def hashes(count: int, salt: int = 0) -> list[bytes]:
     return [bytes([salt, index]) * 16 for index in range(count)]
 
 
+def prompt_of(count: int, salt: int = 0) -> Prompt:
+    return Prompt(64 * count, bytes(32), tuple(hashes(count, salt)), bytes([salt, count]) * 16, 1)
+
+
 async def test_the_latest_turn_is_found() -> None:
-    """Of the prompts that are prefixes of this one the longest, within the blocks of one turn."""
+    """Of the prompts that share leading blocks the longest, within the blocks of one turn; also
+    where the earlier one's very last block is another.
+    """
     memory, first, second = PrefixMemory(), object(), object()
-    memory.remember(hashes(3), (first,))  # type: ignore[arg-type]
-    memory.remember(hashes(5), (second, first))  # type: ignore[arg-type]
-    assert memory.find(hashes(9)) == ((second, 5), (first, 5))
-    assert memory.find(hashes(4)) == ((first, 3),)
-    assert memory.find(hashes(9, salt=1)) == ()
-    assert memory.find(hashes(5 + 64)) == ((second, 5), (first, 5))
-    assert memory.find(hashes(5 + 65)) == ()
-    assert memory.find([]) == ()
+    memory.remember(prompt_of(3), (first,))  # type: ignore[arg-type]
+    memory.remember(prompt_of(6), (second, first))  # type: ignore[arg-type]
+
+    def found(block_hashes: list[bytes]) -> tuple[object, ...]:
+        earlier = memory.find(block_hashes)
+        return () if earlier is None else (earlier.engines, earlier.num_blocks)
+
+    assert found(hashes(9)) == ((second, first), 6)
+    assert found([*hashes(5), *hashes(9, salt=1)]) == ((second, first), 5)
+    assert found([*hashes(4), *hashes(9, salt=1)]) == ((first,), 3)
+    assert found(hashes(9, salt=1)) == ()
+    assert found(hashes(6 + 64)) == ((second, first), 6)
+    assert found(hashes(6 + 66)) == ()
+    assert found([]) == ()
 
 
 async def test_the_memory_is_bounded() -> None:
     """The prompt that was used longest ago is forgotten."""
     memory, engine = PrefixMemory(2), object()
     for salt in (0, 1, 0, 2):
-        memory.remember(hashes(2, salt), (engine,))  # type: ignore[arg-type]
-    assert [bool(memory.find(hashes(2, salt))) for salt in (0, 1, 2)] == [True, False, True]
+        memory.remember(prompt_of(2, salt), (engine,))  # type: ignore[arg-type]
+    found = [memory.find(hashes(2, salt)) is not None for salt in (0, 1, 2)]
+    assert found == [True, False, True]
 
 
 async def test_the_next_turn_goes_where_the_last_one_was() -> None:
     """Not to the first engine by id, which is as idle; and elsewhere when it is gone."""
     async with Harness(mode="split") as harness:
         for name, role in (("p1", "prefill"), ("p2", "prefill"), ("d1", "decode")):
-            await harness.add(name, role, behaviour=commits(harness))
+            await harness.add(name, role, None, commits(harness), **_CACHING)
         turns = [list(range(1, 4 * BLOCK_TOKENS * turn)) for turn in (1, 2, 3)]
         p1 = engine_of(harness, "p1")
         p1.add_load(1, 1000)
@@ -75,3 +95,114 @@ def commits(harness: Harness) -> Any:
         return await harness.movers["d1"].server.answer(request, leg)
 
     return answer
+
+
+# --- what the prefill engine holds ---
+
+_TURNS = [list(range(100, 100 + count)) for count in (18, 30, 42)]
+"""Of 4, 7 and 10 full blocks."""
+
+
+@contextlib.asynccontextmanager
+async def caching(kv_tokens: int = 1000, **config: Any) -> AsyncIterator[Harness]:
+    """A prefill engine with a prefix cache; the store has every block of ``_TURNS``."""
+    blocks = stored_blocks(_TURNS[-1], 10)
+    async with Harness(mode="prefill_only", **config) as harness:
+        hello = {**_CACHING, "kv_tokens": kv_tokens}
+        await harness.add("p", "prefill", blocks, **hello)
+        await harness.add("d", "decode", blocks, **hello)
+        yield harness
+        await harness.idle()
+
+
+async def ask(harness: Harness, prompt: list[int]) -> tuple[int, list[tuple[int, int]]]:
+    """Blocks left to the cache by the plan of this request, and the parts that are read."""
+    status, _ = await harness.post(body(prompt=prompt))
+    assert status == 200
+    stage = harness.p.of(Stage)[-1]
+    assert harness.d.of(Stage)[-1].num_cached_blocks == stage.num_cached_blocks
+    return stage.num_cached_blocks, [(s.first_block, s.last_block) for s in stage.segments]
+
+
+async def test_what_the_prefill_engine_holds_is_not_read() -> None:
+    """Of each turn only what the last one's prompt did not have; the same prompt not at all."""
+    async with caching() as harness:
+        assert await ask(harness, _TURNS[0]) == (0, [(0, 4)])
+        assert await ask(harness, _TURNS[1]) == (4, [(4, 7)])
+        assert await ask(harness, _TURNS[1]) == (7, [])
+        assert await ask(harness, _TURNS[2]) == (7, [(7, 10)])
+        _, metrics = await harness.get("/metrics")
+        assert 'planned_tokens_total{reader_role="cache"} 72.0' in metrics
+
+
+async def test_an_engine_without_a_cache_and_a_router_that_shall_not_ask() -> None:
+    async with caching(read_past_cache=False) as harness:
+        for turn in _TURNS[:2]:
+            assert (await ask(harness, turn))[0] == 0
+    async with caching(kv_tokens=0) as harness:
+        for turn in _TURNS[:2]:
+            assert (await ask(harness, turn))[0] == 0
+
+
+async def test_what_other_prompts_have_pushed_out_is_read() -> None:
+    """An engine holds what fits its cache, the latest prompts first."""
+    other = list(range(500, 540))
+    async with caching(kv_tokens=80) as harness:
+        await ask(harness, _TURNS[0])
+        assert (await ask(harness, _TURNS[1]))[0] == 4
+        await ask(harness, other)
+        assert (await ask(harness, _TURNS[1]))[0] == 0
+        assert (await ask(harness, _TURNS[1]))[0] == 7
+
+
+async def test_an_engine_that_held_less_is_believed_in_no_more() -> None:
+    """Until it has computed a prompt again."""
+    other = list(range(500, 518))
+    async with caching() as harness:
+        await ask(harness, _TURNS[0])
+        await ask(harness, other)
+
+        async def misses(request: web.Request, leg: dict[str, Any]) -> web.StreamResponse:
+            key = wire_key(leg["kv_transfer_params"]["dualpath"])
+            harness.p.say(NotCached(key))
+            await asyncio.sleep(0.1)
+            return await harness._prefill(request, leg)
+
+        healthy, harness.p.server.behaviour = harness.p.server.behaviour, misses
+        assert (await ask(harness, _TURNS[1]))[0] == 4
+        harness.p.server.behaviour = healthy
+        assert (await ask(harness, other))[0] == 0
+        assert (await ask(harness, _TURNS[2]))[0] == 7
+
+
+async def test_a_prompt_that_was_not_computed_is_not_held() -> None:
+    async with caching() as harness:
+
+        async def refuses(_request: web.Request, _leg: dict[str, Any]) -> web.StreamResponse:
+            return web.json_response({"error": {}}, status=400)
+
+        healthy, harness.p.server.behaviour = harness.p.server.behaviour, refuses
+        assert (await harness.post(body(prompt=_TURNS[0])))[0] == 400
+        harness.p.server.behaviour = healthy
+        assert (await ask(harness, _TURNS[1]))[0] == 0
+
+
+async def test_a_promise_that_is_in_doubt_is_not_relied_on() -> None:
+    """While its hits are staged other prompts fill the cache: another attempt reads everything."""
+    async with caching(kv_tokens=110) as harness:
+        await ask(harness, _TURNS[0])
+        cache = engine_of(harness, "p").prefix_cache
+        assert cache is not None
+
+        def crowd(message: Message) -> bool:
+            if isinstance(message, Stage) and message.key.attempt == 0:
+                cache.begin(1, 90)
+            return False
+
+        harness.p.script = crowd
+        status, _ = await harness.post(body(prompt=_TURNS[1]))
+        assert status == 200
+        first, second = harness.p.of(Stage)[-2:]
+        assert (first.num_cached_blocks, second.num_cached_blocks) == (4, 0)
+        (part,) = second.segments
+        assert (part.first_block, part.last_block) == (0, 7)

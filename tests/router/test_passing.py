@@ -133,6 +133,24 @@ async def test_alone_is_untouched_but_for_forged_params() -> None:
 
 
 @pytest.mark.asyncio
+async def test_short_prompts_are_computed_where_they_are_decoded() -> None:
+    """By tokens where they are known, else by the bytes of the request; as they were sent."""
+    async with pair(short_prompt_tokens=len(IDS)) as harness:
+        text = {"model": "m", "prompt": "four bytes a token, or so", "max_tokens": 5}
+        chat = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+        await harness.post(body())
+        await harness.post(text)
+        await harness.post(chat, "/v1/chat/completions")
+        assert harness.d.of(Reserve) == []
+        assert harness.bodies("d:leg") == [body(), text, chat]
+        await harness.post(body(prompt=[*IDS, 1]))
+        await harness.post({**text, "prompt": "x" * 72})
+        assert len(harness.d.of(Reserve)) == 2
+        _, metrics = await harness.get("/metrics")
+        assert 'dualpath_router_requests_total{outcome="short"} 3.0' in metrics
+
+
+@pytest.mark.asyncio
 async def test_model_names() -> None:
     """An alias of the base model is transferred, a LoRA's and an unknown name go alone."""
     async with pair() as harness:

@@ -140,6 +140,12 @@ def policy(
 def router(
     short: Annotated[bool, typer.Option("--short", help="Under 60 s: fewer rounds.")] = False,
     mode: Annotated[str, typer.Option(help="Our router's policy.")] = "split",
+    transfer_all: Annotated[
+        bool,
+        typer.Option(
+            "--transfer-all", help="Prompts of 100 tokens, too, which go to the decode engine else."
+        ),
+    ] = False,
     vllm_router_path: Annotated[
         Path | None, typer.Option(help="Where vllm-router is, if not in this environment.")
     ] = None,
@@ -155,7 +161,7 @@ def router(
     Exit code 1 if a ratio misses the goal.
     """
     plan = short_router_plan if short else full_router_plan
-    measured = measure_router(plan(mode, vllm_router_path, pin), Console(stderr=True))
+    measured = measure_router(plan(mode, transfer_all, vllm_router_path, pin), Console(stderr=True))
     record = make_router_record(measured)
     write_json(json_path, record)
     Console().print(router_table(record))

@@ -24,6 +24,14 @@ def router(
     min_segment_blocks: Annotated[
         int | None, typer.Option(help=_help("min_segment_blocks"))
     ] = None,
+    max_readers: Annotated[int | None, typer.Option(help=_help("max_readers"))] = None,
+    read_past_cache: Annotated[
+        bool,
+        typer.Option("--read-past-cache/--read-past-nothing", help=_help("read_past_cache")),
+    ] = True,
+    short_prompt_tokens: Annotated[
+        int | None, typer.Option(help=_help("short_prompt_tokens"))
+    ] = None,
     alpha_s: Annotated[float | None, typer.Option(help=_help("alpha_s"))] = None,
     beta_s: Annotated[float | None, typer.Option(help=_help("beta_s"))] = None,
     prefill_tokens_per_s: Annotated[
@@ -49,6 +57,9 @@ def router(
         "mode": mode,
         "split_fraction": split_fraction,
         "min_segment_blocks": min_segment_blocks,
+        "max_readers": max_readers,
+        "read_past_cache": read_past_cache,
+        "short_prompt_tokens": short_prompt_tokens,
         "alpha_s": alpha_s,
         "beta_s": beta_s,
         "prefill_tokens_per_s": prefill_tokens_per_s,

@@ -19,7 +19,13 @@ from vllm_dualpath.bench.testbed.places import (
     store_path,
     store_uri,
 )
-from vllm_dualpath.cli.engine_flags import BlockTokens, ConfigJson, StagingBytes, extra_config
+from vllm_dualpath.cli.engine_flags import (
+    BlockTokens,
+    ConfigJson,
+    StagingBytes,
+    check_model,
+    extra_config,
+)
 from vllm_dualpath.cli.up import run_cluster, stop_event
 from vllm_dualpath.config import parse_router_config
 
@@ -60,6 +66,8 @@ def up(
 ) -> None:
     """Make nodes, networks and the store; `down` removes them, whatever happened meanwhile."""
     checked_mode = parse_router_config({"mode": mode}).mode
+    if model is not None:
+        check_model(model)
     extra = extra_config(staging_bytes, block_tokens, config_json)
     spec = TestbedSpec(
         name,
@@ -90,13 +98,14 @@ def up(
 
 
 def _announce(spec: TestbedSpec) -> None:
-    node = spec.engine_nodes()[0]
     typer.echo(
         f"testbed {spec.name} is up: {spec.num_prefill} prefill and {spec.num_decode} decode nodes,"
         f" storage NICs {rate_text(spec.storage_rate)}, compute NICs"
-        f" {rate_text(spec.compute_rate)}\nstore on every node: {store_path(spec.name)}\nrun"
-        f" something on {node.name}: {_quoted(node_prefix(node))} COMMAND"
+        f" {rate_text(spec.compute_rate)}\nstore on every node: {store_path(spec.name)}\nto run"
+        " something on a node:"
     )
+    for node in spec.engine_nodes():
+        typer.echo(f"  {node.name}: {_quoted(node_prefix(node))} COMMAND")
 
 
 def _quoted(prefix: tuple[str, ...]) -> str:

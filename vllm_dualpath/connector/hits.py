@@ -16,7 +16,7 @@ from vllm_dualpath.blocks import Geometry, prompt_digest
 from vllm_dualpath.connector.metadata import Claim, DualPathMetadata, PageCopy, StoreLoad
 from vllm_dualpath.connector.tracked import Tracked
 from vllm_dualpath.errors import ProtocolError
-from vllm_dualpath.messages import LegParams, Release
+from vllm_dualpath.messages import LegParams, NotCached, Release
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,7 +94,8 @@ class TransferHits:
         if claimed.digest != digest or claimed.num_tokens != len(tokens):
             self.release(tracked)
             return "digest_mismatch"
-        if len(claimed.slots) < self._geometry.num_blocks(len(tokens)):
+        enough_slots = len(claimed.slots) >= self._geometry.num_blocks(len(tokens))
+        if not enough_slots or claimed.num_cached_blocks > claimed.num_hit_blocks:
             self.release(tracked)
             return "bad_entry"
         tracked.claimed = claimed
@@ -114,7 +115,7 @@ class TransferHits:
 
 class PrefillHits(TransferHits):
     """Hit blocks are in the slots and loaded while the forward pass runs; the rest is saved to
-    them.
+    them, and so is what the plan left to the engine's own prefix cache.
     """
 
     def look(self, tracked: Tracked, num_local_tokens: int) -> tuple[int, bool]:
@@ -128,9 +129,12 @@ class PrefillHits(TransferHits):
         num_hit_blocks = min(
             tracked.claimed.num_hit_blocks, (tracked.request.num_prompt_tokens - 1) // size
         )
-        tracked.next_save_page = tracked.claimed.num_hit_blocks * self._geometry.pages_per_block
         tracked.hit_tokens = num_hit_blocks * size
         tracked.answer = max(tracked.hit_tokens - num_local_tokens, 0)
+        # The slots have nothing before the cached blocks' end: a gap cannot be closed from them.
+        tracked.missed_cache = num_local_tokens < tracked.claimed.num_cached_blocks * size
+        if tracked.missed_cache:
+            tracked.answer = 0
         return tracked.answer, False
 
     def taken(self, tracked: Tracked, block_ids: Sequence[int], orders: DualPathMetadata) -> None:
@@ -143,31 +147,32 @@ class PrefillHits(TransferHits):
     def turned_down(self, tracked: Tracked) -> None:
         if tracked.answer:
             self.release(tracked)
+        elif tracked.missed_cache and tracked.claim is not None:
+            claim = tracked.claim
+            logger.info("request %s: evicted meanwhile, computed", tracked.request.request_id)
+            self._mover.connection.send_surely(claim.boot_id, NotCached(claim.key))
 
     def add_saves(
         self, tracked: Tracked, num_scheduled: int, block_ids: Sequence[int]
-    ) -> PageCopy | None:
-        """The prompt pages that this step completes and that no earlier step saved."""
+    ) -> list[PageCopy]:
+        """The prompt pages that this step completes and that no earlier step saved: those before
+        and those after the blocks that were read.
+        """
         view = self._mover.view
-        claim = tracked.claim
-        if (
-            claim is None
-            or tracked.claimed is None
-            or view is None
-            or view.boot_id != claim.boot_id
-        ):
-            return None
+        claim, claimed = tracked.claim, tracked.claimed
+        if claim is None or claimed is None or view is None or view.boot_id != claim.boot_id:
+            return []
         request = tracked.request
-        page = self._geometry.page_tokens
+        page, per_block = self._geometry.page_tokens, self._geometry.pages_per_block
         num_tokens = request.num_computed_tokens + num_scheduled
         done = num_tokens >= request.num_prompt_tokens
         end = self._geometry.num_pages(request.num_prompt_tokens) if done else num_tokens // page
-        first = tracked.next_save_page
-        if first >= end:
-            return None
-        tracked.next_save_page = end
-        tracked.issued = True
-        return self._copy(tracked, first, block_ids[first:end])
+        first, tracked.next_save_page = tracked.next_save_page, max(tracked.next_save_page, end)
+        cached, hit = (n * per_block for n in (claimed.num_cached_blocks, claimed.num_hit_blocks))
+        parts = ((first, min(end, cached)), (max(first, hit), end))
+        copies = [self._copy(tracked, a, block_ids[a:b]) for a, b in parts if a < b]
+        tracked.issued |= bool(copies)
+        return copies
 
 
 class DecodeHits(TransferHits):

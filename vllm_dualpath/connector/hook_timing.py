@@ -84,6 +84,7 @@ class HookRig:
             url="",
             model="hook-timing",
             max_model_len=PAGES_PER_BLOCK,
+            prefix_caching=False,
             num_cache_blocks=self.num_blocks,
             async_scheduling=False,
             socket_path=mover_socket_path(directory, "hook-timing"),

@@ -142,9 +142,9 @@ class SchedulerSide:
             return
         for tracked, num_scheduled, block_ids in self._scheduled(output):
             if tracked.claim is not None:
-                copy = self._prefill.add_saves(tracked, num_scheduled, block_ids())
-                if copy is not None:
-                    orders.saves.append(copy)
+                copies = self._prefill.add_saves(tracked, num_scheduled, block_ids())
+                if copies:
+                    orders.saves += copies
                     self._note_activity()
 
     def add_persists(self, orders: DualPathMetadata, output: SchedulerOutput) -> None:

@@ -33,6 +33,8 @@ class EngineSetup:
     model: str
     max_model_len: int
     num_cache_blocks: int
+    prefix_caching: bool
+    """Whether vLLM keeps the blocks of finished prompts."""
     async_scheduling: bool
     """Whether vLLM orders a step before it knows how the last one ended."""
     socket_path: Path
@@ -58,6 +60,7 @@ class EngineSetup:
             model=str(served[0] if isinstance(served, list) else served),
             max_model_len=vllm_config.model_config.max_model_len,
             num_cache_blocks=kv_cache_config.num_blocks,
+            prefix_caching=bool(vllm_config.cache_config.enable_prefix_caching),
             async_scheduling=bool(vllm_config.scheduler_config.async_scheduling),
             socket_path=mover_socket_path(directory, f"{transfer.engine_id}-{rank}"),
         )
@@ -76,6 +79,7 @@ class EngineSetup:
             geometry=GeometrySpec.of(geometry),
             max_model_len=self.max_model_len,
             kv_tokens=self.num_cache_blocks * geometry.page_tokens,
+            prefix_caching=self.prefix_caching,
         )
 
 

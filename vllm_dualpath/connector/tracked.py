@@ -65,6 +65,8 @@ class Tracked:
     """Where that answer's hit ends."""
     loading: tuple[int, ...] = ()
     """Blocks that an asynchronous load is filling."""
+    missed_cache: bool = False
+    """The prefill engine no longer has what the plan left to its own prefix cache."""
     next_save_page: int = 0
     next_persist_block: int = 0
 

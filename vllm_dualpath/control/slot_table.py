@@ -38,6 +38,8 @@ class ClaimedTransfer:
 
     key: TransferKey
     entry: int
+    num_cached_blocks: int
+    """Leading hit blocks that are not in the slots but in the engine's own prefix cache."""
     num_hit_blocks: int
     num_tokens: int
     digest: bytes
@@ -51,6 +53,7 @@ def entry_dtype(max_blocks: int) -> np.dtype[np.void]:
             ("transfer", np.uint64, (2,)),
             ("attempt", np.uint32),
             ("num_slots", np.uint32),
+            ("num_cached_blocks", np.uint32),
             ("num_hit_blocks", np.uint32),
             ("num_tokens", np.uint32),
             ("digest", np.uint8, (32,)),
@@ -105,6 +108,7 @@ class SlotTableWriter(_SharedTable):
         num_tokens: int,
         digest: bytes,
         slots: Sequence[int],
+        num_cached_blocks: int = 0,
     ) -> int:
         """Write an entry and make it claimable; return its index. Raises ``StagingFull``."""
         if not self._free:
@@ -113,6 +117,7 @@ class SlotTableWriter(_SharedTable):
         row = self._entries[entry]
         row["transfer"] = np.frombuffer(key.transfer, dtype=np.uint64)
         row["attempt"] = key.attempt
+        row["num_cached_blocks"] = num_cached_blocks
         row["num_hit_blocks"] = num_hit_blocks
         row["num_tokens"] = num_tokens
         row["digest"] = np.frombuffer(digest, dtype=np.uint8)
@@ -184,6 +189,7 @@ class SlotTableReader(_SharedTable):
         return ClaimedTransfer(
             key=TransferKey(row["transfer"].tobytes(), int(row["attempt"])),
             entry=entry,
+            num_cached_blocks=int(row["num_cached_blocks"]),
             num_hit_blocks=int(row["num_hit_blocks"]),
             num_tokens=int(row["num_tokens"]),
             digest=row["digest"].tobytes(),

@@ -163,6 +163,13 @@ class TransferBook:
         elif saved.key not in self._tombstones:
             raise ProtocolError(f"saved pages of unknown transfer {saved.key}")
 
+    def not_cached(self, key: TransferKey) -> None:
+        transfer = self._parts.get(key)
+        if isinstance(transfer, PrefillTransfer):
+            transfer.on_not_cached()
+        elif key not in self._tombstones:
+            raise ProtocolError(f"cached blocks of unknown transfer {key}")
+
     def release(self, key: TransferKey) -> None:
         transfer = self._parts.get(key)
         if isinstance(transfer, Transfer):
@@ -278,7 +285,7 @@ class TransferBook:
             return "nobody will take the slots"
         parts = (Segment(s.reader, s.first_block, s.last_block) for s in stage.segments)
         try:
-            plan = ReadPlan(stage.num_hit_blocks, tuple(parts))
+            plan = ReadPlan(stage.num_hit_blocks, tuple(parts), stage.num_cached_blocks)
         except ValueError as exc:
             return str(exc)
         readers = {segment.reader for segment in plan.segments}

@@ -33,11 +33,8 @@ class DecodeTransfer(Transfer):
         return bool(self._good[:, block * per_block : (block + 1) * per_block].all())
 
     def _mark_pages(self, notice: PagesGood) -> None:
-        first_allowed = self._limit * self._ports.geometry.pages_per_block
-        num_layers, num_pages = self._good.shape
-        if notice.layer < num_layers and first_allowed <= notice.first_page < notice.last_page <= (
-            num_pages
-        ):
+        in_range = self._saves(notice.first_page, notice.last_page)
+        if in_range and notice.layer < self._ports.geometry.num_layers:
             self._good[notice.layer, notice.first_page : notice.last_page] = True
         else:
             self._ports.counters.rejected_messages += 1
@@ -46,7 +43,7 @@ class DecodeTransfer(Transfer):
         self._good[:, self._limit * self._ports.geometry.pages_per_block :] = False
 
     def _check_good(self) -> None:
-        if self._good.all() and self._publish(self._limit):
+        if self._good.all() and self._publish():
             self._ports.tell_router(Committed(self.key))
             self._store_new_blocks()
 

@@ -30,6 +30,7 @@ from vllm_dualpath.messages import (
     Mapped,
     MoverMessage,
     MoverSpec,
+    NotCached,
     Peer,
     PeerDied,
     Persist,
@@ -224,6 +225,7 @@ class Mover:
             num_slots=self._pools.prompts.num_slots,
             num_donor_slots=self._pools.donor.num_slots,
             kv_tokens=self._spec.kv_tokens,
+            prefix_caching=self._spec.prefix_caching,
             registration=registration.number,
             num_sent=registration.num_sent,
             registered=registration.registered,
@@ -332,6 +334,8 @@ class Mover:
         match message:
             case Saved():
                 self._book.saved(message)
+            case NotCached():
+                self._book.not_cached(message.key)
             case Release():
                 self._book.release(message.key)
             case Persist():

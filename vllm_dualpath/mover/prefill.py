@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from vllm_dualpath.errors import ProtocolError
-from vllm_dualpath.messages import PagesGood, Peer, Ready, Saved
+from vllm_dualpath.messages import NotCached, PagesGood, Peer, Ready, Saved
 from vllm_dualpath.mover.peers import PutOutcome
 from vllm_dualpath.mover.transfer import Transfer
 from vllm_dualpath.transport.base import PutArray
@@ -29,12 +29,9 @@ class PrefillTransfer(Transfer):
 
     def on_saved(self, saved: Saved) -> None:
         """Push pages from the outgoing slots. Raises ``ProtocolError`` for pages out of range."""
-        geometry = self._ports.geometry
-        first_allowed = self._limit * geometry.pages_per_block
-        num_pages = geometry.num_pages(self._num_tokens)
         if self._stage is None or not (
-            first_allowed <= saved.first_page < saved.last_page <= num_pages
-            and saved.layer < geometry.num_layers
+            self._saves(saved.first_page, saved.last_page)
+            and saved.layer < self._ports.geometry.num_layers
         ):
             raise ProtocolError(f"transfer {self.key}: saved pages out of range: {saved}")
         if self._ending and not self._drain:
@@ -46,6 +43,11 @@ class PrefillTransfer(Transfer):
         self._open_puts += 1
         num_bytes = int(pieces[:, 2].sum())
         self._ports.peers.put(self.peer, pieces, notice, partial(self._pages_put, num_bytes))
+
+    def on_not_cached(self) -> None:
+        """The engine computes what the plan left to its own prefix cache."""
+        self._ports.counters.load_failures["not_cached"] += 1
+        self._ports.tell_router(NotCached(self.key))
 
     def _page_pieces(self, saved: Saved) -> PutArray:
         """One piece a block: its pages of a layer are adjacent."""
@@ -94,11 +96,11 @@ class PrefillTransfer(Transfer):
         self._good_blocks = {block for block in self._good_blocks if block < self._limit}
 
     def _check_good(self) -> None:
-        if self._cut_owed or len(self._good_blocks) < self._limit:
+        if self._cut_owed or len(self._good_blocks) < self._limit - self._num_cached_blocks:
             return
         if self._reader is not None and not self._reader.is_quiet_from(self._limit):
             return
-        if self._publish(self._limit):
+        if self._publish():
             now = self._ports.loop.now_s()
             self._ports.counters.stage_seconds.append(now - self._staged_s)
             self._ports.tell_router(Ready(self.key, self._limit))

@@ -91,7 +91,7 @@ class Transfer(Part):
     def on_cut(self, num_hit_blocks: int) -> None:
         if self._stage is None or self._ending or self._entry is not None:
             return
-        self._limit = min(self._limit, num_hit_blocks)
+        self._limit = min(self._limit, max(num_hit_blocks, self._num_cached_blocks))
         if self._reader is not None:
             self._reader.cut(self._limit)
         self._cut()
@@ -126,7 +126,8 @@ class Transfer(Part):
         if self._stage is None:
             self._keep_early(notice)
         elif isinstance(notice, BlocksGood):
-            for block in range(notice.first_block, min(notice.last_block, self._limit)):
+            first = max(notice.first_block, self._num_cached_blocks)
+            for block in range(first, min(notice.last_block, self._limit)):
                 self._mark_block(block)
             self._progress()
         else:
@@ -230,17 +231,34 @@ class Transfer(Part):
         """Whether the slots can be freed before the router says ``End``."""
         return False
 
-    def _publish(self, num_hit_blocks: int) -> bool:
+    @property
+    def _num_cached_blocks(self) -> int:
+        """Leading hit blocks that the prefill engine has itself."""
+        return 0 if self._stage is None else self._stage.num_cached_blocks
+
+    def _publish(self) -> bool:
         assert self._stage is not None
         try:
             self._entry = self._ports.table.publish(
-                self.key, num_hit_blocks, self._num_tokens, self._stage.digest, self._slots
+                self.key,
+                self._limit,
+                self._num_tokens,
+                self._stage.digest,
+                self._slots,
+                self._num_cached_blocks,
             )
         except StagingFull as exc:
             logger.warning("transfer %s: %s", self.key, exc)
             self.fail("table_full")
             return False
         return True
+
+    def _saves(self, first_page: int, last_page: int) -> bool:
+        """Whether these pages are the prefill engine's: cached ones, or those beyond the hit."""
+        per_block = self._ports.geometry.pages_per_block
+        num_pages = self._ports.geometry.num_pages(self._num_tokens)
+        cached, end = self._num_cached_blocks * per_block, self._limit * per_block
+        return 0 <= first_page < last_page <= cached or end <= first_page < last_page <= num_pages
 
     def _block_good(self, block: int) -> None:
         if block < self._limit:

@@ -1,43 +1,71 @@
 """Which engines computed and decoded which prompts last: what their own caches may still hold.
 
-A belief, not knowledge: engines evict without a word. It decides between engines that are nearly
-equally loaded and nothing else, so an error costs nothing but the choice.
+That a prefill engine holds a prompt is said by the model of its cache (``Engine.prefix_cache``);
+of a decode engine it is a belief, which decides between nearly equal ones and nothing else.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from vllm_dualpath.router.engine import Engine
+from vllm_dualpath.router.orders import Prompt
 
 _MAX_PROMPTS = 1 << 16
 _MAX_NEW_BLOCKS = 64
 """A longer turn is not found again: it costs a look for each of its blocks."""
+_ENDS = 2
+"""A prompt is found by so many of its last blocks: what a chat template puts at its very end may
+be another text in the next turn.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class EarlierPrompt:
+    """A prompt that shares leading blocks with another one."""
+
+    key: int
+    """In ``Engine.prefix_cache``."""
+    engines: tuple[Engine, ...]
+    """Its prefill and its decode engine."""
+    num_blocks: int
+    """The blocks that both have."""
+
+    def certain(self) -> list[tuple[Engine, int]]:
+        """Engines with their leading blocks of the later prompt; prefill engines only while they
+        hold them.
+        """
+        return [
+            (engine, self.num_blocks)
+            for engine in self.engines
+            if engine.role == "decode"
+            or (engine.prefix_cache is not None and engine.prefix_cache.holds(self.key))
+        ]
 
 
 class PrefixMemory:
-    """Prompts by the hash of their last full block, the least recently used forgotten first."""
+    """Prompts by the hashes of their last full blocks, the least recently used forgotten first."""
 
     def __init__(self, max_prompts: int = _MAX_PROMPTS) -> None:
-        self._max_prompts = max_prompts
-        self._engines: OrderedDict[bytes, tuple[Engine, ...]] = OrderedDict()
+        self._max_ends = _ENDS * max_prompts
+        self._found: OrderedDict[bytes, tuple[int, tuple[Engine, ...]]] = OrderedDict()
 
-    def remember(self, block_hashes: Sequence[bytes], engines: tuple[Engine, ...]) -> None:
-        """``engines`` have, or will have, these blocks in their caches."""
-        if not block_hashes:
-            return
-        last = block_hashes[-1]
-        self._engines[last] = engines
-        self._engines.move_to_end(last)
-        if len(self._engines) > self._max_prompts:
-            self._engines.popitem(last=False)
+    def remember(self, prompt: Prompt, engines: tuple[Engine, ...]) -> None:
+        """``engines`` have, or will have, this prompt in their caches."""
+        for block_hash in prompt.block_hashes[-_ENDS:]:
+            self._found[block_hash] = prompt.key, engines
+            self._found.move_to_end(block_hash)
+        while len(self._found) > self._max_ends:
+            self._found.popitem(last=False)
 
-    def find(self, block_hashes: Sequence[bytes]) -> tuple[tuple[Engine, int], ...]:
-        """Engines with the leading blocks of a prompt, and how many: the latest turn's."""
+    def find(self, block_hashes: Sequence[bytes]) -> EarlierPrompt | None:
+        """The latest turn before a prompt."""
         end = len(block_hashes)
         for index in range(end - 1, max(-1, end - 2 - _MAX_NEW_BLOCKS), -1):
-            engines = self._engines.get(block_hashes[index])
-            if engines is not None:
-                return tuple((engine, index + 1) for engine in engines)
-        return ()
+            found = self._found.get(block_hashes[index])
+            if found is not None:
+                key, engines = found
+                return EarlierPrompt(key, engines, index + 1)
+        return None

@@ -162,6 +162,7 @@ def _policy_of(config: RouterConfig, profile: Profile | None) -> Policy:
         min_segment_blocks=config.min_segment_blocks,
         max_readers=config.max_readers,
         recompute=config.recompute,
+        read_past_cache=config.read_past_cache,
     )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vllm_dualpath.plan import ReadPlan
+from vllm_dualpath.router.affinity import EarlierPrompt
 from vllm_dualpath.router.engine import Engine
+from vllm_dualpath.router.orders import Prompt
 
 
 class Assignment:
@@ -31,6 +33,29 @@ class Assignment:
             self.engine.add_load(-1, -self._num_tokens, -self._compute_tokens, -self._kv_tokens)
 
 
+class CacheStay:
+    """A prompt in its prefill engine, for the model of that engine's prefix cache. Ends once."""
+
+    def __init__(self, engine: Engine, prompt: Prompt, earlier: EarlierPrompt | None) -> None:
+        self._model = engine.prefix_cache
+        self._key = prompt.key
+        if self._model is not None:
+            page = engine.hello.geometry.page_tokens
+            # Whole pages; and one that the next turn leaves behind, half full.
+            num_tokens = (prompt.num_tokens // page + 2) * page
+            self._model.begin(self._key, num_tokens, 0 if earlier is None else earlier.key)
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether what this prompt counts on may be evicted before it is there."""
+        return self._model is not None and self._model.is_overcommitted
+
+    def end(self, *, computed: bool) -> None:
+        model, self._model = self._model, None
+        if model is not None:
+            model.end(self._key, computed)
+
+
 class Booking:
     """From the decision on: the next one must see it. ``release`` takes off what is left."""
 
@@ -40,12 +65,14 @@ class Booking:
         decode: Engine,
         donors: Sequence[Engine],
         plan: ReadPlan,
-        num_tokens: int,
-        block_tokens: int,
+        prompt: Prompt,
+        earlier: EarlierPrompt | None = None,
     ) -> None:
+        num_tokens, block_tokens = prompt.num_tokens, prefill.hello.geometry.block_tokens
         hit_tokens = plan.num_hit_blocks * block_tokens
         self.prefill = Assignment(prefill, num_tokens, num_tokens - hit_tokens)
         self.decode = Assignment(decode, num_tokens)
+        self.stay = CacheStay(prefill, prompt, earlier)
         self._engines = {each.engine_id: each for each in (prefill, decode, *donors)}
         self._reads: dict[str, int] = {}
         for segment in plan.segments:
@@ -68,5 +95,6 @@ class Booking:
     def release(self) -> None:
         for reader in self.readers:
             self.reads_done(reader)
+        self.stay.end(computed=False)
         self.prefill.release()
         self.decode.release()

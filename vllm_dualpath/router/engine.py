@@ -13,7 +13,18 @@ from dataclasses import dataclass, field
 from yarl import URL
 
 from vllm_dualpath.messages import Hello, MoverStats
-from vllm_dualpath.policy import NO_LIMIT, ClusterView, EngineState, NodeState, ReadRate, Role
+from vllm_dualpath.policy import (
+    NO_LIMIT,
+    ClusterView,
+    EngineState,
+    NodeState,
+    PrefixCacheModel,
+    ReadRate,
+    Role,
+)
+
+_CACHE_SHARE = 0.9
+"""Of its KV cache, what a model of the prefix cache counts on: the rest is for what is not told."""
 
 
 def check_url(url: str) -> None:
@@ -60,10 +71,17 @@ class Engine:
     recent_read_tokens: float = 0.0
     """Kept by the view; here while the engine is in none."""
     read_rate: ReadRate = field(default_factory=ReadRate)
+    prefix_cache: PrefixCacheModel | None = None
+    """Which prompts it still holds; ``None`` unless it is a prefill engine that keeps any."""
     _view: ClusterView | None = None
     _index: int = 0
     _heartbeat_s: float | None = None
     _shunned_until_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        hello = self.hello
+        if hello.role == "prefill" and hello.prefix_caching and hello.kv_tokens:
+            self.prefix_cache = PrefixCacheModel(int(hello.kv_tokens * _CACHE_SHARE))
 
     @property
     def engine_id(self) -> str:
@@ -101,6 +119,11 @@ class Engine:
     def _show_donates(self) -> None:
         if self._view is not None:
             self._view.engine(self._index).donates = self.donates
+
+    def cache_missed(self) -> None:
+        """It did not have what a plan left to its prefix cache."""
+        if self.prefix_cache is not None:
+            self.prefix_cache.missed()
 
     # --- the policy's view ---
 

@@ -38,6 +38,8 @@ from vllm_dualpath.router.usage import reported_cached_tokens
 
 logger = logging.getLogger(__name__)
 
+_TEXT_BYTES_PER_TOKEN = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Core:
@@ -83,10 +85,21 @@ class Flow:
         reason = alone_reason(body)
         if reason:
             return await self._alone(reason)
+        if self._is_short():
+            return await self._alone("a short prompt", outcome="short")
         ids = await self._token_ids(body)
         if ids is None:
             return await self._alone("no prefill engine, another model, or no token ids")
         return await self._with_transfer(body, ids)
+
+    def _is_short(self) -> bool:
+        """Whether a decode engine computes the prompt sooner than it would get it."""
+        limit = self._core.config.short_prompt_tokens
+        prompt = self._body.get("prompt")
+        if isinstance(prompt, list):
+            return len(prompt) <= limit
+        # Not worth asking an engine: text of one token for each byte is computed soon enough, too.
+        return len(self._raw) <= limit * _TEXT_BYTES_PER_TOKEN
 
     async def _token_ids(self, body: Body) -> TokenIds | None:
         engine = self._core.cluster.some_decode()
@@ -145,6 +158,9 @@ class Flow:
             role = sides.get(segment.reader, "donor")
             planned = self._core.telemetry.planned_tokens.labels(role)
             planned.inc(segment.num_blocks * block_tokens)
+        if placement.plan.num_cached_blocks:
+            planned = self._core.telemetry.planned_tokens.labels("cache")
+            planned.inc(placement.plan.num_cached_blocks * block_tokens)
         return transfer
 
     async def _attempt(
@@ -157,11 +173,15 @@ class Flow:
             transfer.start()
             if not await transfer.wait_ready():
                 return None
+            if transfer.plan.num_cached_blocks and booking.stay.is_doubtful:
+                transfer.fail("the prefill engine's cache is full of other prompts")
+                return None
             leg = await self._prefill(transfer, body, ids)
             booking.prefill.release()
             if leg is None:
                 return None
             status, content_type, content = leg
+            booking.stay.end(computed=status == 200)
             if status != 200:
                 self._outcome = reason = "rejected"
                 return _pass_on(status, content_type, content)
@@ -229,7 +249,12 @@ class Flow:
     # --- without ---
 
     async def _alone(
-        self, reason: str, preferred: Engine | None = None, *, waited: bool = False
+        self,
+        reason: str,
+        preferred: Engine | None = None,
+        *,
+        waited: bool = False,
+        outcome: str = "alone",
     ) -> web.StreamResponse:
         """Let one decode engine handle the request by itself; another one if it does not answer."""
         if not waited:
@@ -250,7 +275,7 @@ class Flow:
                 answer = await self._core.upstream.ask(
                     engine, "POST", self._path, headers, self._clean_raw()
                 )
-                self._outcome = "alone" if answer.status < 400 else "rejected"
+                self._outcome = outcome if answer.status < 400 else "rejected"
                 return await relay(self._request, answer)
             except PeerLost as exc:
                 logger.warning("%s", exc)

@@ -19,6 +19,11 @@ class Prompt:
     digest: bytes
     num_releases: int
 
+    @property
+    def key(self) -> int:
+        """Of this prompt in a model of a prefix cache."""
+        return int.from_bytes(self.digest[:8])
+
 
 @dataclass(frozen=True, slots=True)
 class Orders:
@@ -35,6 +40,7 @@ class Orders:
             pool=pool,
             num_tokens=self.prompt.num_tokens,
             num_hit_blocks=self.plan.num_hit_blocks,
+            num_cached_blocks=self.plan.num_cached_blocks,
             root=self.prompt.root,
             block_hashes=self.prompt.block_hashes,
             digest=self.prompt.digest,

@@ -11,7 +11,7 @@ from vllm_dualpath.blocks import chain_root, hash_prompt
 from vllm_dualpath.config import RouterConfig
 from vllm_dualpath.plan import ReadPlan, Segment
 from vllm_dualpath.policy import Decision, PlanRequest, Policy, Verdict, WaitingLine
-from vllm_dualpath.router.affinity import PrefixMemory
+from vllm_dualpath.router.affinity import EarlierPrompt, PrefixMemory
 from vllm_dualpath.router.booking import Booking
 from vllm_dualpath.router.cluster import Cluster
 from vllm_dualpath.router.engine import Engine
@@ -158,7 +158,8 @@ class Placer:
     ) -> Placement | NotNow | None:
         block_tokens = view.hello.geometry.block_tokens
         num_hits = self._num_hits(view, prompt, block_tokens) if use_hits else 0
-        found = self._memory.find(prompt.block_hashes)
+        earlier = self._memory.find(prompt.block_hashes)
+        found = [] if earlier is None else earlier.certain()
         cached = [(engine.index_in(view.view), num_blocks) for engine, num_blocks in found]
         request = PlanRequest(
             prompt.num_tokens,
@@ -174,10 +175,11 @@ class Placer:
         if decision.verdict is not Verdict.PLACED:
             return NotNow.NOT_NOW
         prefill, decode = view.engines[decision.prefill], view.engines[decision.decode]
-        self._memory.remember(prompt.block_hashes, (prefill, decode))
+        self._memory.remember(prompt, (prefill, decode))
         readers = (view.engines[reader] for reader, _, _ in decision.segments)
         donors = tuple(reader for reader in readers if reader not in (prefill, decode))
-        return _booked(prompt, _plan_of(view, decision, num_hits), prefill, decode, donors)
+        plan = _plan_of(view, decision, num_hits)
+        return _booked(prompt, plan, prefill, decode, donors, earlier)
 
     def _num_hits(self, view: GroupView, prompt: Prompt, block_tokens: int) -> int:
         """Asked anew at each attempt: while a request waited, blocks came and went."""
@@ -205,7 +207,8 @@ def _plan_of(view: GroupView, decision: Decision, num_hits: int) -> ReadPlan:
         Segment(view.engines[reader].engine_id, first, last)
         for reader, first, last in decision.segments
     )
-    return ReadPlan(num_hits - decision.num_recompute_blocks, segments)
+    num_read_until = num_hits - decision.num_recompute_blocks
+    return ReadPlan(num_read_until, segments, decision.num_cached_blocks)
 
 
 def _booked(
@@ -214,9 +217,9 @@ def _booked(
     prefill: Engine,
     decode: Engine,
     donors: tuple[Engine, ...] = (),
+    earlier: EarlierPrompt | None = None,
 ) -> Placement:
-    block_tokens = prefill.hello.geometry.block_tokens
-    booking = Booking(prefill, decode, donors, plan, prompt.num_tokens, block_tokens)
+    booking = Booking(prefill, decode, donors, plan, prompt, earlier)
     return Placement(prompt, plan, prefill, decode, donors, booking)
 
 

@@ -19,6 +19,7 @@ from vllm_dualpath.messages import (
     End,
     Ended,
     Message,
+    NotCached,
     Peer,
     Ready,
     Reserve,
@@ -230,6 +231,8 @@ class Transfer:
         elif isinstance(message, TransferFailed):
             if sender not in self.donors or self._needs(sender):
                 self.fail(message.reason, sender.engine_id)
+        elif isinstance(message, NotCached):
+            sender.cache_missed()
         elif self.failure is None:
             self._advance(sender, message)
 

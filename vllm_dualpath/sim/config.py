@@ -57,6 +57,9 @@ class SimulationConfig(_Checked):
         None, description="who reads; default: by mode"
     )
     recompute: bool = Field(False, description="compute hits that would be read later")
+    engine_caches: bool = Field(
+        False, description="split, pool: do not read what a prefill engine holds in its HBM"
+    )
     prefill_stages_all: bool = Field(
         False, description="prefill slots for whole prompts, as our movers have"
     )

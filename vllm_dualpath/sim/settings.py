@@ -142,6 +142,7 @@ def _set_policy(
     policy.min_segment_blocks = scheduling.min_segment_blocks
     policy.max_readers = scheduling.max_readers
     policy.recompute = config.recompute
+    policy.read_past_cache = config.engine_caches and parts.policy in ("split", "pool")
     settings.policy = policy
     # The mean slope of attention over the whole context: the curve that the policy knows is linear.
     context = max(1, int(trace.mean_context))

@@ -49,14 +49,15 @@ class Processes:
         self,
         logs: Path,
         guard: ProcessGuard,
-        mode: str,
+        our_flags: Sequence[str],
         theirs: Mapping[str, str] | None,
         cores: tuple[int, int] | None,
     ) -> None:
         self.ports = Ports.free()
         self._cores = cores
         self._guard = guard
-        self.ours = ManagedProcess("router", _our_command(self.ports, mode), logs / "ours", guard)
+        ours = _our_command(self.ports, our_flags)
+        self.ours = ManagedProcess("router", ours, logs / "ours", guard)
         self.theirs: ManagedProcess | None = None
         if theirs is not None:
             command = _their_command(self.ports)
@@ -146,14 +147,9 @@ def cpu_s(process: ManagedProcess) -> float:
     return time.clock_gettime((~process.pid << 3) | 2)
 
 
-def _our_command(ports: Ports, mode: str) -> Sequence[str]:
-    flags = {
-        "--listen": f"{HOST}:{ports.ours}",
-        "--control": f"tcp://{HOST}:{ports.control}",
-        "--mode": mode,
-    }
-    command = [sys.executable, "-m", "vllm_dualpath.cli.main", "router"]
-    return [*command, *(word for flag in flags.items() for word in flag)]
+def _our_command(ports: Ports, flags: Sequence[str]) -> Sequence[str]:
+    addresses = ["--listen", f"{HOST}:{ports.ours}", "--control", f"tcp://{HOST}:{ports.control}"]
+    return [sys.executable, "-m", "vllm_dualpath.cli.main", "router", *addresses, *flags]
 
 
 def _their_command(ports: Ports) -> Sequence[str]:

@@ -41,6 +41,7 @@ def make_record(measured: Measured) -> dict[str, Any]:
     return {
         "goal": GOAL,
         "mode": measured.plan.mode,
+        "transfer_all": measured.plan.transfer_all,
         "machine": measured.machine,
         "outcomes": measured.outcomes,
         "hit_tokens": measured.hit_tokens,
@@ -129,11 +130,17 @@ def _ratio(ratio: dict[str, Any] | None) -> str:
     return f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})"
 
 
+def _outcomes(record: dict[str, Any]) -> str:
+    served = ((name, number) for name, number in record["outcomes"].items() if number)
+    return ", ".join(f"{name} {number}" for name, number in served)
+
+
 def _caption(record: dict[str, Any]) -> str:
     machine = record["machine"]
     lines = [
         f"added: median latency over the engine asked directly; goal: ratios up to {GOAL:.0f}",
-        f"mode {record['mode']}; vllm-router {machine['vllm_router']}; {machine['cpu']},"
+        f"mode {record['mode']}; requests by outcome: {_outcomes(record)}",
+        f"vllm-router {machine['vllm_router']}; {machine['cpu']},"
         f" {machine['cpus']} CPUs, cores {machine['cores']}; {machine['took_s']:.0f} s,"
         f" {machine['steal_share']:.0%} of the CPU time stolen by the hypervisor",
     ]

@@ -29,6 +29,7 @@ from vllm_dualpath.errors import LaunchError
 DIRECT, THEIRS, OURS, OURS_HITS = "direct", "vllm-router", "ours", "ours, hits"
 _REQUESTS = "dualpath_router_requests_total{"
 _PLANNED = "dualpath_router_planned_tokens_total{"
+_EXPECTED = ("transferred", "short")
 _WARM_UP_S = 0.1
 _HTTP_S = 5.0
 
@@ -40,6 +41,8 @@ class Plan:
     rounds: int
     turn_s: float
     mode: str = "split"
+    transfer_all: bool = False
+    """Short prompts, too."""
     theirs_path: Path | None = None
     pin: bool = True
     num_tokens: tuple[int, ...] = (100, 8000)
@@ -92,21 +95,26 @@ class Measured:
         return any(THEIRS in turns for turns in self.turns.values())
 
 
-def short_plan(mode: str, theirs_path: Path | None, pin: bool) -> Plan:
+def short_plan(mode: str, transfer_all: bool, theirs_path: Path | None, pin: bool) -> Plan:
     """Under a minute."""
-    return Plan(3, 0.25, mode, theirs_path, pin)
+    return Plan(3, 0.25, mode, transfer_all, theirs_path, pin)
 
 
-def full_plan(mode: str, theirs_path: Path | None, pin: bool) -> Plan:
+def full_plan(mode: str, transfer_all: bool, theirs_path: Path | None, pin: bool) -> Plan:
     """Some minutes."""
-    return Plan(9, 0.5, mode, theirs_path, pin)
+    return Plan(9, 0.5, mode, transfer_all, theirs_path, pin)
+
+
+def _our_flags(plan: Plan) -> list[str]:
+    short = ["--short-prompt-tokens", "0"] if plan.transfer_all else []
+    return ["--mode", plan.mode, *short]
 
 
 def measure(plan: Plan, tick: Callable[[], None] = lambda: None) -> Measured:
     """Start everything, measure, stop everything. ``tick`` is called after each turn.
 
     Raises ``LaunchError`` for what does not start or answer, and where our router served a request
-    in another way than by a transfer: what that costs is not what this benchmark is about.
+    neither by a transfer nor as a short one: what that costs is not what this benchmark is about.
     """
     guard = ProcessGuard()
     started_s, ticks = time.monotonic(), cpu_times()
@@ -116,7 +124,11 @@ def measure(plan: Plan, tick: Callable[[], None] = lambda: None) -> Measured:
         with (
             tempfile.TemporaryDirectory(prefix="dualpath-bench-") as logs,
             Processes(
-                Path(logs), guard, plan.mode, find_theirs(plan.theirs_path), cores
+                Path(logs),
+                guard,
+                _our_flags(plan),
+                find_theirs(plan.theirs_path),
+                cores,
             ) as processes,
         ):
             if cores:
@@ -205,10 +217,10 @@ def _metrics(port: int) -> dict[str, int]:
 
 def _outcomes(metrics: dict[str, int], router: ManagedProcess) -> dict[str, int]:
     counts = {n.split('"')[1]: num for n, num in metrics.items() if n.startswith(_REQUESTS)}
-    others = {name: num for name, num in counts.items() if num and name != "transferred"}
+    others = {name: num for name, num in counts.items() if num and name not in _EXPECTED}
     if others:
         raise LaunchError(
-            f"our router served requests without a transfer: {others}; its log ends:\n"
+            f"our router served requests in ways that are not measured: {others}; its log ends:\n"
             f"{router.log_tail()}"
         )
     return counts
