@@ -164,14 +164,17 @@ void bind_parameters(py::module_& module) {
 }
 
 void bind_prefix_cache(py::module_& module) {
-    py::class_<PrefixCacheModel>(module, "PrefixCacheModel")
+    using Model = PrefixCacheModel;
+    py::class_<Model>(module, "PrefixCacheModel")
         .def(py::init<std::int64_t>(), py::arg("room_tokens"))
-        .def("begin", &PrefixCacheModel::begin, py::arg("key"), py::arg("num_tokens"),
-             py::arg("extended") = PrefixCacheModel::kNothing)
-        .def("end", &PrefixCacheModel::end, py::arg("key"), py::arg("computed"))
-        .def("holds", &PrefixCacheModel::holds, py::arg("key"))
-        .def("missed", &PrefixCacheModel::missed)
-        .def_property_readonly("is_overcommitted", &PrefixCacheModel::is_overcommitted);
+        .def("holds", &Model::holds, py::arg("earlier"), py::arg("shared_tokens"),
+             py::arg("num_tokens"))
+        .def("begin", &Model::begin, py::arg("key"), py::arg("num_tokens"),
+             py::arg("earlier") = Model::kNothing, py::arg("shared_tokens") = 0)
+        .def("arrive", &Model::arrive, py::arg("key"))
+        .def("end", &Model::end, py::arg("key"), py::arg("computed"))
+        .def("missed", &Model::missed, py::arg("key"))
+        .def_property_readonly("open_tokens", &Model::open_tokens);
 }
 
 // (engine, first block, last block) of each segment.

@@ -41,6 +41,7 @@ py::dict counts_of(const sim::Counts& counts) {
     py::dict result;
     result["turns"] = counts.turns;
     result["repeated_turns"] = counts.repeated_turns;
+    result["evicted_turns"] = counts.evicted_turns;
     result["impossible_turns"] = counts.impossible_turns;
     result["finished_agents"] = counts.finished_agents;
     result["read_tokens"] = counts.read_tokens;

@@ -98,11 +98,12 @@ bool Placer::has_short_queue(const ClusterView& view, std::uint32_t node) const 
     return static_cast<double>(view.nodes[node].read_queue_tokens) <= parameters_.alpha_s * rate;
 }
 
-// Among engines that are nearly alike: most cached blocks first, then whose node reads soonest and
-// has read least lately.
-auto Placer::near_key(const ClusterView& view, const Request& request, std::uint32_t e) const {
+// Among engines that are nearly alike: most cached blocks first, then the least busy group, then
+// whose node reads soonest and has read least lately.
+auto Placer::near_key(const ClusterView& view, const Request& request, std::uint32_t e,
+                      std::int64_t group_requests) const {
     const EngineState& engine = view.engines[e];
-    return std::tuple(-static_cast<std::int64_t>(request.cached_blocks(e)),
+    return std::tuple(-static_cast<std::int64_t>(request.cached_blocks(e)), group_requests,
                       view.read_level_s(engine.node, parameters_.evenness), engine.num_requests,
                       engine.num_tokens);
 }
@@ -133,7 +134,7 @@ std::uint32_t Placer::choose_prefill(const ClusterView& view, const Request& req
     // A group that steps together is as busy as all of it: of idle engines those of an idle group.
     sum_prefill_requests(view);
     return least(view, is_near, [&](std::uint32_t e) {
-        return std::pair(prefill_requests_[view.engines[e].group], near_key(view, request, e));
+        return near_key(view, request, e, prefill_requests_[view.engines[e].group]);
     });
 }
 
@@ -188,7 +189,7 @@ std::uint32_t Placer::choose_decode(const ClusterView& view, const Request& requ
         const Key key = key_of(engine);
         return key.first == least_key.first && static_cast<double>(key.second) <= most;
     };
-    return least(view, is_near, [&](std::uint32_t e) { return near_key(view, request, e); });
+    return least(view, is_near, [&](std::uint32_t e) { return near_key(view, request, e, 0); });
 }
 
 void Placer::sum_groups(const ClusterView& view, const Request& request) {

@@ -4,51 +4,69 @@
 #include <cstdint>
 #include <list>
 #include <unordered_map>
+#include <utility>
+#include <vector>
 
 namespace dualpath::policy {
 
-// The engine frees a prompt's blocks when it has computed it, and gives the longest free ones to
-// others first. So it still holds a prompt while all that it got or finished since fits beside it.
-// Errs on one side only: what it says is held may be gone only if the engine was asked for more
-// than this model was told of.
+// The engine takes a prompt's blocks when the prompt reaches it, frees them when it has computed
+// it, and gives those that are free longest to others first. So it still holds a prompt while all
+// that reached or left it since fits beside it. Errs on one side: what is said to be held may be
+// gone only if the engine was asked for more than this model was told of.
 class PrefixCacheModel {
   public:
-    using Key = std::uint64_t;
+    using Key = std::uint64_t;  // of one stay of a prompt in the engine, never used again
     static constexpr Key kNothing = 0;
 
     // `room_tokens`: what the engine's KV cache takes.
     explicit PrefixCacheModel(std::int64_t room_tokens)
         : full_room_tokens_(room_tokens), room_tokens_(room_tokens) {}
 
-    // A prompt goes to the engine; it continues `extended`, whose blocks are its own from now on.
-    void begin(Key key, std::int64_t num_tokens, Key extended = kNothing);
-    // It left the engine, computed or not. Does nothing for a key that is not there.
+    // Whether the engine holds the first `shared_tokens` of an earlier prompt, and a prompt of
+    // `num_tokens` fits beside all that are on their way or there.
+    bool holds(Key earlier, std::int64_t shared_tokens, std::int64_t num_tokens) const;
+    // A prompt is on its way. With an `earlier` one it counts on that one's first `shared_tokens`.
+    void begin(Key key, std::int64_t num_tokens, Key earlier = kNothing,
+               std::int64_t shared_tokens = 0);
+    // It reaches the engine; whether that still holds what the prompt counts on.
+    bool arrive(Key key);
+    // It left the engine, computed or not, or never reached it.
     void end(Key key, bool computed);
-    // Whether the engine has computed the prompt and still holds it.
-    bool holds(Key key) const;
-    // Whether the prompts that were sent do not fit at once: then the engine evicts what a waiting
-    // one counts on.
-    bool is_overcommitted() const { return open_tokens_ > room_tokens_; }
-    // Something was not held: believe in half as much room, and in more with each prompt computed.
-    void missed();
+    // The engine did not hold what `key` counted on: believe in nothing, and in half as much room,
+    // which grows with each prompt computed. Once for all prompts that counted on it by then.
+    void missed(Key key);
+
+    std::int64_t open_tokens() const { return open_tokens_; }
 
   private:
     struct Entry {
-        std::int64_t num_tokens = 0;
-        std::uint32_t num_open = 0;
-        bool computed = false;
-        std::list<Key>::iterator place;  // in idle_, unless open
+        std::int64_t num_tokens = 0;  // of the prompt
+        std::int64_t counted = 0;     // of those: not part of another entry
+        std::int64_t held = 0;        // leading ones that are there and complete
+        Key earlier = kNothing;       // what it counts on, until it arrives
+        std::int64_t shared = 0;
+        std::uint64_t epoch = 0;  // misses before it arrived
+        bool open = true;
+        bool arrived = false;
+        std::list<Key>::iterator place;  // in idle_, if not open
+        std::vector<Key> absorbed;       // earlier ones that are part of it
     };
     using Entries = std::unordered_map<Key, Entry>;
 
-    void drop(Entries::iterator entry);
+    const Entry* find(Key key) const;
+    Entry* find(Key key) { return const_cast<Entry*>(std::as_const(*this).find(key)); }
+    void count(Entry& entry, std::int64_t tokens);
+    void absorb(Key key, Entry& entry);
+    void drop(Key key);
     void trim();
 
     std::int64_t full_room_tokens_;
     std::int64_t room_tokens_;
     std::int64_t num_tokens_ = 0;   // of all entries
-    std::int64_t open_tokens_ = 0;  // of those in the engine
+    std::int64_t open_tokens_ = 0;  // of those that are open
+    std::uint64_t num_misses_ = 0;
     Entries entries_;
+    std::unordered_map<Key, Key> absorbed_by_;
     std::list<Key> idle_;  // least recently used first
 };
 

@@ -20,6 +20,12 @@ enum class Stage : std::uint8_t {
     kDone,
 };
 
+// The last prompt that an agent's prefill engine has computed.
+struct EarlierPrompt {
+    std::uint64_t stay = 0;  // there
+    policy::CachedPrefix cached{policy::kNone, 0};
+};
+
 struct Agent {
     std::uint32_t trajectory = 0;
     std::int32_t turn = 0;      // of the trajectory; -1: the random first one
@@ -34,8 +40,9 @@ struct Agent {
     std::int64_t generated = 0;
     std::int64_t prefill_staging = 0;  // bytes held
     std::int64_t decode_staging = 0;
-    policy::CachedPrefix cached{policy::kNone, 0};  // of the last prompt, on its prefill engine
-    double context_s = 0;                           // what it adds to its decode group's step
+    std::uint64_t stay = 0;  // of this turn's prompt in its prefill engine: a number of its own
+    EarlierPrompt earlier;
+    double context_s = 0;  // what it adds to its decode group's step
 
     double ready_s = 0;
     double placed_s = 0;

@@ -52,18 +52,23 @@ std::optional<Dispatcher::Answer> Dispatcher::next() {
     Answer answer{waiting_.front(), {}};
     answer.waiting.request.line = &line_;
     answer.waiting.request.turn = num_placed_;
-    const policy::CachedPrefix& cached = answer.waiting.cached;
-    const auto key = key_of(answer.waiting.agent);
-    if (cached.engine != policy::kNone && prefix_caches_[cached.engine].holds(key))
-        answer.waiting.request.cached = {&cached, 1};
+    const EarlierPrompt& earlier = answer.waiting.earlier;
+    const std::int64_t shared = std::int64_t{earlier.cached.num_blocks} * block_tokens_;
+    const std::int64_t num_tokens = answer.waiting.request.num_tokens;
+    if (earlier.cached.engine != policy::kNone &&
+        prefix_caches_[earlier.cached.engine].holds(earlier.stay, shared, num_tokens))
+        answer.waiting.request.cached = {&earlier.cached, 1};
     answer.decision = policy_.decide(view_, answer.waiting.request);
+    answer.waiting.request.cached = {};
     ++num_decisions_;
     blocked_ = answer.decision.verdict == policy::Verdict::kWaitPrefill ||
                answer.decision.verdict == policy::Verdict::kWaitDecode;
     if (blocked_) return std::nullopt;
     if (answer.decision.placed()) {
         policy::charge(view_, answer.waiting.request, answer.decision);
-        prefix_caches_[answer.decision.prefill].begin(key, answer.waiting.request.num_tokens);
+        prefix_caches_[answer.decision.prefill].begin(
+            answer.waiting.stay, num_tokens, earlier.stay,
+            std::int64_t{answer.decision.num_cached_blocks} * block_tokens_);
         ++num_placed_;
     }
     line_.pop();
@@ -77,9 +82,14 @@ void Dispatcher::end_read(const policy::Decision& decision, std::size_t segment)
     policy::charge_read(view_, decision, part, -tokens);
 }
 
-void Dispatcher::end_prefill(const policy::Decision& decision, std::uint32_t agent,
+bool Dispatcher::is_cache_settled() const {
+    return std::all_of(prefix_caches_.begin(), prefix_caches_.end(),
+                       [](const auto& cache) { return cache.open_tokens() == 0; });
+}
+
+void Dispatcher::end_prefill(const policy::Decision& decision, std::uint64_t stay,
                              std::int64_t prompt, std::int64_t computed, bool is_done) {
-    prefix_caches_[decision.prefill].end(key_of(agent), is_done);
+    prefix_caches_[decision.prefill].end(stay, is_done);
     const auto num_cached = static_cast<std::int64_t>(decision.num_cached_blocks);
     policy::charge_cached(view_, decision, -num_cached * block_tokens_);
     policy::EngineState& engine = view_.engines[decision.prefill];

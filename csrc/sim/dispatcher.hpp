@@ -8,6 +8,7 @@
 
 #include "policy/policy.hpp"
 #include "policy/prefix_cache.hpp"
+#include "sim/agent.hpp"
 #include "sim/settings.hpp"
 
 namespace dualpath::sim {
@@ -16,8 +17,9 @@ class Dispatcher {
   public:
     struct Waiting {
         std::uint32_t agent;
+        std::uint64_t stay;  // in the prefill engine that it will get
         policy::Request request;
-        policy::CachedPrefix cached{policy::kNone, 0};  // if the engine still holds it
+        EarlierPrompt earlier;
     };
     struct Answer {
         Waiting waiting;
@@ -30,10 +32,15 @@ class Dispatcher {
     // The head of the line, if it is placed (and charged to the view) or can never be.
     std::optional<Answer> next();
 
+    // A placed request's hits are staged: whether its engine still holds what was not read.
+    bool arrive(const policy::Decision& decision, std::uint64_t stay) {
+        return prefix_caches_[decision.prefill].arrive(stay);
+    }
+
     // What a placed request weighs is taken back part by part as its work ends.
     void end_read(const policy::Decision& decision, std::size_t segment);
     // `is_done`: the engine has computed the prompt, and did not lose it.
-    void end_prefill(const policy::Decision& decision, std::uint32_t agent, std::int64_t prompt,
+    void end_prefill(const policy::Decision& decision, std::uint64_t stay, std::int64_t prompt,
                      std::int64_t computed, bool is_done);
     void end_decode(const policy::Decision& decision, std::int64_t prompt, std::int64_t room);
     void lose_node(std::uint32_t node);
@@ -42,6 +49,8 @@ class Dispatcher {
 
     // Engine numbers: neighbours are on different nodes, so that ties do not pile up on one.
     std::uint32_t node_of(std::uint32_t engine) const { return view_.engines[engine].node; }
+    // Whether no prefill engine is believed to have a prompt.
+    bool is_cache_settled() const;
     bool is_usable(std::uint32_t engine) const { return view_.engines[engine].usable; }
     std::uint32_t num_prefill_engines() const { return num_prefill_engines_; }
     std::size_t num_waiting() const { return waiting_.size(); }
@@ -50,7 +59,6 @@ class Dispatcher {
 
   private:
     void add_engines(const Settings& settings, policy::Role role);
-    static policy::PrefixCacheModel::Key key_of(std::uint32_t agent) { return agent + 1U; }
 
     policy::ClusterView view_;
     policy::Policy policy_;

@@ -31,6 +31,7 @@ void Simulation::kill_node(std::uint32_t index) {
     std::vector<std::uint32_t> repeated;
     for (std::uint32_t i = 0; i < agents_.size(); ++i)
         if (touches(agents_[i], index)) repeated.push_back(i);
+    recorder_.counts().repeated_turns += repeated.size();
     for (const std::uint32_t agent : repeated) repeat_turn(agent);
 }
 
@@ -48,7 +49,6 @@ bool Simulation::touches(const Agent& agent, std::uint32_t node) const {
 
 void Simulation::repeat_turn(std::uint32_t index) {
     Agent& agent = agents_[index];
-    ++recorder_.counts().repeated_turns;
     ++agent.attempt;  // voids its transfers, prompts and sequences before anything is given back
     for (std::size_t i = 0; i < agent.decision.segments().size(); ++i)
         if ((agent.unread >> i & 1) != 0) dispatcher_.end_read(agent.decision, i);

@@ -64,7 +64,7 @@ bool Simulation::is_settled() const {
         if (node.read_queue_tokens != 0 || node.push_queue_tokens != 0) return false;
     for (const StorageNode& node : cluster_.nodes())
         if (node.staging().used() != 0) return false;
-    return cluster_.is_cache_free();
+    return cluster_.is_cache_free() && dispatcher_.is_cache_settled();
 }
 
 void Simulation::handle(const Event& event) {

@@ -22,7 +22,8 @@ void Simulation::begin_turn(std::uint32_t index) {
     request.block_tokens = settings_.block_tokens;
     if (!settings_.switches.oracle)
         request.num_hit_blocks = static_cast<std::uint32_t>(agent.stored / settings_.block_tokens);
-    dispatcher_.enqueue({index, request, agent.cached});
+    agent.stay = (std::uint64_t{index} << 32U) + agent.attempt;
+    dispatcher_.enqueue({index, agent.stay, request, agent.earlier});
 }
 
 void Simulation::place_waiting() {
@@ -84,6 +85,10 @@ void Simulation::read(std::uint32_t index) {
 
 void Simulation::prefill(std::uint32_t index) {
     Agent& agent = agents_[index];
+    if (!dispatcher_.arrive(agent.decision, agent.stay)) {
+        ++recorder_.counts().evicted_turns;
+        return repeat_turn(index);
+    }
     agent.stage = Stage::kPrefill;
     agent.staged_s = now();
     const std::int64_t hit = hit_tokens(agent);
@@ -103,8 +108,9 @@ void Simulation::prefill(std::uint32_t index) {
 void Simulation::end_prefill(std::uint32_t index) {
     Agent& agent = agents_[index];
     agent.first_token_s = agent.second_token_s = now();
-    agent.cached = {agent.decision.prefill,
-                    static_cast<std::uint32_t>(agent.prompt / settings_.block_tokens)};
+    agent.earlier = {agent.stay,
+                     {agent.decision.prefill,
+                      static_cast<std::uint32_t>(agent.prompt / settings_.block_tokens)}};
     close_prefill(index, true);
     if (agent.generated == 1) return end_turn(index);
     agent.stage = Stage::kCacheRoom;
@@ -173,7 +179,8 @@ void Simulation::close_prefill(std::uint32_t index, bool is_done) {
             ? 0
             : hit_tokens(agent) - static_cast<std::int64_t>(agent.decision.num_recompute_blocks) *
                                       settings_.block_tokens;
-    dispatcher_.end_prefill(agent.decision, index, agent.prompt, agent.prompt - known, is_done);
+    dispatcher_.end_prefill(agent.decision, agent.stay, agent.prompt, agent.prompt - known,
+                            is_done);
     agent.prefill_open = false;
     release_staging(agent.prefill_staging, dispatcher_.node_of(agent.decision.prefill));
 }

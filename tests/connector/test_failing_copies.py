@@ -89,12 +89,14 @@ def check_answered(e: Engine, copies: FailingCopies, num_tokens: int) -> None:
 
 @pytest.mark.parametrize("where", ["rows", "submit_layers", "hold_forward"])
 def test_failed_synchronous_load_is_recomputed(failing, where):
-    """Pages that were not filled are not read as if they were."""
+    """Pages that were not filled are not read as if they were, nor those computed from them."""
     e, copies = failing("prefill", where)
     e.stage(PROMPT, SLOTS, 32)
-    e.add("r", PROMPT, 1, e.mover.publish(e.root, PROMPT, 4, SLOTS))
+    params = e.mover.publish(e.root, PROMPT, 4, SLOTS)
+    e.add("r", PROMPT, 1, params)
     e.run(8000)
     check_answered(e, copies, 1)
+    assert not e.mover.saved_pages(key_of(params)), "the decode side would commit them"
 
 
 @pytest.mark.parametrize("where", ["rows", "submit_layers", "hold_forward"])

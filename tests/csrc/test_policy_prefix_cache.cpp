@@ -70,90 +70,126 @@ class Cache {
 }  // namespace
 
 TEST(policy_prefix_cache_is_never_too_sure) {
-    std::mt19937_64 random(11);
+    enum class Stage { kAway, kComing, kThere };
     struct Conversation {
-        std::uint64_t key = 0;
-        std::int64_t num_tokens = 0;
-        bool open = false;
+        std::uint64_t name = 0;
+        std::uint64_t stay = 0, last_stay = 0;
+        std::int64_t num_tokens = 0, longer = 0, shared = 0;
+        Stage stage = Stage::kAway;
     };
+    std::mt19937_64 random(11);
     PrefixCacheModel model(kRoom);
     Cache cache(kRoom);
     std::array<Conversation, 8> conversations;
-    std::uint64_t next_key = 1;
-    int num_open = 0, num_sure = 0;
-    for (int step = 0; step < 20000; ++step) {
+    std::uint64_t next = 1;
+    int num_sure = 0, num_broken = 0;
+    for (int step = 0; step < 60000; ++step) {
         Conversation& one = conversations[random() % conversations.size()];
-        if (one.open) {
-            cache.give_back(one.key);
-            model.end(one.key, true);
-            one.open = false;
-            --num_open;
-            continue;
+        if (one.stage == Stage::kThere) {
+            cache.give_back(one.name);
+            model.end(one.stay, true);
+            one.last_stay = one.stay;
+            one.num_tokens = one.longer;
+            one.stage = Stage::kAway;
+        } else if (one.stage == Stage::kComing) {
+            if (!cache.has_room(one.longer)) continue;
+            const bool held = model.arrive(one.stay);
+            num_sure += held && one.shared > 0;
+            num_broken += !held;
+            if (held && one.shared > 0) CHECK(cache.holds(one.name, one.shared));
+            cache.take(one.name, one.num_tokens, one.longer);
+            one.stage = Stage::kThere;
+        } else {
+            if (one.name == 0 || one.num_tokens > 40) one = {next++};
+            one.longer = one.num_tokens + 1 + static_cast<std::int64_t>(random() % 9);
+            const bool sure = model.holds(one.last_stay, one.num_tokens, one.longer);
+            one.shared = sure ? one.num_tokens : 0;
+            one.stay = next++;
+            model.begin(one.stay, one.longer, one.last_stay, one.shared);
+            one.stage = Stage::kComing;
         }
-        if (num_open == 3) continue;
-        if (one.key == 0 || one.num_tokens > 40) one = {next_key++};
-        if (model.holds(one.key)) {
-            CHECK(cache.holds(one.key, one.num_tokens));
-            ++num_sure;
-        }
-        const std::int64_t longer = one.num_tokens + 1 + static_cast<std::int64_t>(random() % 9);
-        if (!cache.has_room(longer)) continue;
-        model.begin(one.key, longer);
-        cache.take(one.key, one.num_tokens, longer);
-        one.num_tokens = longer;
-        one.open = true;
-        ++num_open;
     }
-    CHECK(num_sure > 1000);
+    CHECK(num_sure > 300);
+    CHECK(num_broken > 10);
 }
+
+namespace {
+
+// A prompt that goes there and leaves again.
+bool visit(PrefixCacheModel& model, PrefixCacheModel::Key key, std::int64_t num_tokens,
+           PrefixCacheModel::Key earlier = 0, std::int64_t shared = 0) {
+    model.begin(key, num_tokens, earlier, shared);
+    const bool held = model.arrive(key);
+    model.end(key, true);
+    return held;
+}
+
+}  // namespace
 
 TEST(policy_prefix_cache_forgets_in_order) {
     PrefixCacheModel model(kRoom);
     for (const PrefixCacheModel::Key key : {1, 2, 3}) {
-        model.begin(key, 40);
-        CHECK(!model.holds(key));
-        model.end(key, true);
-        CHECK(model.holds(key));
+        CHECK(!model.holds(key, 40, 0));
+        CHECK(visit(model, key, 40));
+        CHECK(model.holds(key, 40, 0) && !model.holds(key, 41, 0));
     }
-    CHECK(!model.holds(1) && model.holds(2));
-    model.begin(4, 50, 2);  // goes on where 2 ended: its blocks are not counted twice
-    CHECK(!model.holds(2) && model.holds(3));
-    model.end(4, false);
-    CHECK(!model.holds(4) && model.holds(3));
-    model.end(4, true);  // it is not open
+    CHECK(!model.holds(1, 40, 0) && model.holds(2, 40, 0));
+    CHECK(visit(model, 4, 50, 2, 40));  // goes on where 2 ended: its blocks are not counted twice
+    CHECK(model.holds(4, 50, 0) && model.holds(3, 40, 0));
+    CHECK(model.holds(2, 40, 0));  // as a part of 4
+    model.begin(5, 30);
+    CHECK(model.arrive(5));
+    model.end(5, false);  // not computed, and in the way of 3
+    CHECK(!model.holds(5, 30, 0) && !model.holds(3, 40, 0) && model.holds(4, 50, 0));
     model.end(9, true);  // never was there
-    CHECK(!model.holds(4) && !model.holds(9));
+    model.begin(6, 90);
+    model.end(6, false);  // never arrived
+    CHECK(model.open_tokens() == 0 && !model.holds(4, 50, 0));
 }
 
-TEST(policy_prefix_cache_doubts_what_does_not_fit_at_once) {
+TEST(policy_prefix_cache_keeps_what_a_longer_prompt_had_beyond) {
     PrefixCacheModel model(kRoom);
-    model.begin(1, 30);
-    model.end(1, true);
-    model.begin(2, 60);
-    model.begin(2, 60);  // twice at once, and counted once
-    CHECK(!model.is_overcommitted() && model.holds(1));
-    model.begin(3, 41);
-    CHECK(model.is_overcommitted() && !model.holds(1));
+    visit(model, 1, 20);
+    visit(model, 2, 50);
+    visit(model, 3, 50, 2, 40);  // the last ten of 2 stay, for nobody
+    CHECK(model.holds(1, 20, 0) && model.holds(2, 40, 0) && !model.holds(2, 51, 0));
+    visit(model, 4, 21);
+    CHECK(!model.holds(1, 20, 0) && model.holds(3, 50, 0));
+}
+
+TEST(policy_prefix_cache_breaks_promises_before_they_are_relied_on) {
+    PrefixCacheModel model(kRoom);
+    visit(model, 1, 30);
+    model.begin(2, 40, 1, 30);
+    CHECK(model.holds(1, 30, 60) && !model.holds(1, 30, 91));
+    visit(model, 3, 80);
+    CHECK(!model.arrive(2));
     model.end(2, true);
-    CHECK(model.is_overcommitted());
+    CHECK(model.holds(2, 40, 0) && model.open_tokens() == 0);
+}
+
+TEST(policy_prefix_cache_of_two_that_go_on_from_one) {
+    PrefixCacheModel model(kRoom);
+    visit(model, 1, 30);
+    for (const PrefixCacheModel::Key key : {2, 3}) model.begin(key, 35, 1, 30);
+    CHECK(model.arrive(2) && model.arrive(3));
+    CHECK(model.open_tokens() == 70 && model.holds(1, 30, 30));
     model.end(2, true);
-    CHECK(!model.is_overcommitted() && model.holds(2));
+    CHECK(model.holds(1, 30, 0));
+    model.end(3, true);
+    CHECK(model.holds(2, 35, 0) && model.holds(3, 35, 0));
 }
 
 TEST(policy_prefix_cache_believes_in_less_after_a_miss) {
     PrefixCacheModel model(kRoom);
-    for (const PrefixCacheModel::Key key : {1, 2}) {
-        model.begin(key, 30);
-        model.end(key, true);
-    }
-    model.missed();
-    CHECK(!model.holds(1) && !model.holds(2));
-    model.begin(1, 20);
-    model.end(1, true);  // 50 and 20
-    model.begin(2, 51);
-    CHECK(!model.is_overcommitted() && !model.holds(1));
-    model.end(2, true);  // and 51: all of it again
-    model.begin(1, 40);
-    model.end(1, true);
-    CHECK(model.holds(1) && model.holds(2));
+    for (const PrefixCacheModel::Key key : {1, 2}) visit(model, key, 30);
+    for (const PrefixCacheModel::Key key : {3, 4, 5})
+        model.begin(key, 31, key == 4 ? 2 : 1, 30);
+    CHECK(model.arrive(3) && model.arrive(4));
+    model.missed(3);
+    model.missed(4);  // of the same cause
+    CHECK(!model.arrive(5));
+    for (const PrefixCacheModel::Key key : {3, 4, 5}) model.end(key, true);
+    CHECK(!model.holds(1, 30, 0) && model.holds(5, 31, 0));
+    CHECK(model.holds(5, 31, 90) && !model.holds(5, 31, 101));  // 50, and grown again
 }

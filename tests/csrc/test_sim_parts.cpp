@@ -116,7 +116,7 @@ TEST(sim_prefill_batches_fill_the_quota) {
     settings.quota_s = 0.3;
     settings.switches.oracle = true;
     PrefillGroup group(settings, 1);
-    for (std::uint32_t agent = 0; agent < 3; ++agent) group.add(0, {agent, 0, 99, 2, 0});
+    for (std::uint32_t agent = 0; agent < 3; ++agent) group.add(0, {agent, 0, 99, 2, 0, 0});
     // 100 + 101 pairs, then 100 of the second prompt's 201 do not fit any more: 99 are left.
     PrefillGroup::Step step = group.begin_step();
     CHECK(step.num_tokens == 2);
@@ -139,7 +139,7 @@ TEST(sim_prefill_always_takes_a_token) {
     Settings settings = prefill_settings();
     settings.prefill.pair_s = 1;
     PrefillGroup group(settings, 1);
-    group.add(0, {0, 0, 1000, 1, 0});
+    group.add(0, {0, 0, 1000, 1, 0, 0});
     CHECK(group.begin_step().num_tokens == 1);
 }
 
@@ -150,7 +150,7 @@ TEST(sim_prefill_overlaps_copies_layer_by_layer) {
     for (const bool layerwise : {true, false}) {
         settings.switches.layerwise = layerwise;
         PrefillGroup group(settings, 2);
-        group.add(0, {0, 0, 100, 10, 100});
+        group.add(0, {0, 0, 100, 10, 100, 0});
         // In 1.0 s, out 1.1 s; compute 0.1 + the mean of 10 and 0 tokens.
         const double expected = layerwise ? 1.1 : 1.0 + 1.1 + 0.1 + 0.005;
         CHECK(near(group.begin_step().duration_s, expected));

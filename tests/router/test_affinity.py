@@ -13,7 +13,6 @@ from aiohttp import web
 from vllm_dualpath.messages import Committed, Message, NotCached, Stage
 from vllm_dualpath.router.affinity import PrefixMemory
 from vllm_dualpath.router.engine import Engine
-from vllm_dualpath.router.orders import Prompt
 
 from .cluster import BLOCK_TOKENS, Harness, stored_blocks, wire_key
 from .test_good_case import body
@@ -28,36 +27,36 @@ def hashes(count: int, salt: int = 0) -> list[bytes]:
     return [bytes([salt, index]) * 16 for index in range(count)]
 
 
-def prompt_of(count: int, salt: int = 0) -> Prompt:
-    return Prompt(64 * count, bytes(32), tuple(hashes(count, salt)), bytes([salt, count]) * 16, 1)
+def remember(memory: PrefixMemory, block_hashes: list[bytes], key: int) -> None:
+    engines: Any = (object(), object())
+    memory.remember(block_hashes, key, *engines)
 
 
 async def test_the_latest_turn_is_found() -> None:
     """Of the prompts that share leading blocks the longest, within the blocks of one turn; also
     where the earlier one's very last block is another.
     """
-    memory, first, second = PrefixMemory(), object(), object()
-    memory.remember(prompt_of(3), (first,))  # type: ignore[arg-type]
-    memory.remember(prompt_of(6), (second, first))  # type: ignore[arg-type]
+    memory = PrefixMemory()
+    remember(memory, hashes(3), 1)
+    remember(memory, hashes(6), 2)
 
-    def found(block_hashes: list[bytes]) -> tuple[object, ...]:
+    def found(block_hashes: list[bytes]) -> tuple[int, ...]:
         earlier = memory.find(block_hashes)
-        return () if earlier is None else (earlier.engines, earlier.num_blocks)
+        return () if earlier is None else (earlier.key, earlier.num_blocks)
 
-    assert found(hashes(9)) == ((second, first), 6)
-    assert found([*hashes(5), *hashes(9, salt=1)]) == ((second, first), 5)
-    assert found([*hashes(4), *hashes(9, salt=1)]) == ((first,), 3)
+    assert found(hashes(9)) == (2, 6)
+    assert found([*hashes(5), *hashes(9, salt=1)]) == (2, 5)
+    assert found([*hashes(4), *hashes(9, salt=1)]) == (1, 3)
     assert found(hashes(9, salt=1)) == ()
-    assert found(hashes(6 + 64)) == ((second, first), 6)
-    assert found(hashes(6 + 66)) == ()
+    assert found([*hashes(6), *hashes(200, salt=2)]) == (2, 6)
     assert found([]) == ()
 
 
 async def test_the_memory_is_bounded() -> None:
     """The prompt that was used longest ago is forgotten."""
-    memory, engine = PrefixMemory(2), object()
+    memory = PrefixMemory(2)
     for salt in (0, 1, 0, 2):
-        memory.remember(prompt_of(2, salt), (engine,))  # type: ignore[arg-type]
+        remember(memory, hashes(2, salt), salt)
     found = [memory.find(hashes(2, salt)) is not None for salt in (0, 1, 2)]
     assert found == [True, False, True]
 
@@ -146,7 +145,7 @@ async def test_an_engine_without_a_cache_and_a_router_that_shall_not_ask() -> No
 
 async def test_what_other_prompts_have_pushed_out_is_read() -> None:
     """An engine holds what fits its cache, the latest prompts first."""
-    other = list(range(500, 540))
+    other = list(range(500, 548))
     async with caching(kv_tokens=80) as harness:
         await ask(harness, _TURNS[0])
         assert (await ask(harness, _TURNS[1]))[0] == 4
@@ -166,6 +165,7 @@ async def test_an_engine_that_held_less_is_believed_in_no_more() -> None:
             key = wire_key(leg["kv_transfer_params"]["dualpath"])
             harness.p.say(NotCached(key))
             await asyncio.sleep(0.1)
+            harness.p.server.cached_tokens = 8
             return await harness._prefill(request, leg)
 
         healthy, harness.p.server.behaviour = harness.p.server.behaviour, misses
@@ -187,16 +187,18 @@ async def test_a_prompt_that_was_not_computed_is_not_held() -> None:
         assert (await ask(harness, _TURNS[1]))[0] == 0
 
 
-async def test_a_promise_that_is_in_doubt_is_not_relied_on() -> None:
-    """While its hits are staged other prompts fill the cache: another attempt reads everything."""
-    async with caching(kv_tokens=110) as harness:
+async def test_a_promise_that_cannot_be_kept_is_not_relied_on() -> None:
+    """While its hits are staged another prompt fills the cache: it is decided anew."""
+    async with caching(kv_tokens=90) as harness:
         await ask(harness, _TURNS[0])
         cache = engine_of(harness, "p").prefix_cache
         assert cache is not None
 
         def crowd(message: Message) -> bool:
             if isinstance(message, Stage) and message.key.attempt == 0:
-                cache.begin(1, 90)
+                cache.begin(1 << 40, 70)
+                cache.arrive(1 << 40)
+                cache.end(1 << 40, computed=True)
             return False
 
         harness.p.script = crowd
@@ -205,4 +207,16 @@ async def test_a_promise_that_is_in_doubt_is_not_relied_on() -> None:
         first, second = harness.p.of(Stage)[-2:]
         assert (first.num_cached_blocks, second.num_cached_blocks) == (4, 0)
         (part,) = second.segments
-        assert (part.first_block, part.last_block) == (0, 7)
+        assert (part.reader, part.first_block, part.last_block) == ("p", 0, 7)
+        _, metrics = await harness.get("/metrics")
+        assert 'attempts_failed_total{reason="evicted"} 1.0' in metrics
+
+
+async def test_several_at_once_that_go_on_from_one_prompt() -> None:
+    """The second finds what the first one has taken over."""
+    async with caching() as harness:
+        await ask(harness, _TURNS[0])
+        prompts = [[*_TURNS[0][:16], *range(900 + i, 912 + i)] for i in range(0, 60, 20)]
+        for status, _ in await asyncio.gather(*(harness.post(body(prompt=p)) for p in prompts)):
+            assert status == 200
+        assert [stage.num_cached_blocks for stage in harness.p.of(Stage)] == [0, 4, 4, 4]

@@ -333,6 +333,9 @@ class WorkerSide:
         """
         self.recorder.count(metrics.LOAD_FAILURES, label=reason)
         self._invalid |= blocks
+        # Nor must anybody else: what is computed anew is not saved again, so the decode side commits
+        # nothing of this step's prompts.
+        self.step.saves = []
         if self._setup.async_scheduling:
             raise SyncLoadFailed(
                 f"{len(blocks)} blocks that this step reads could not be loaded ({reason}; the"

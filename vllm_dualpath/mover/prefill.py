@@ -50,25 +50,25 @@ class PrefillTransfer(Transfer):
         self._ports.tell_router(NotCached(self.key))
 
     def _page_pieces(self, saved: Saved) -> PutArray:
-        """One piece a block: its pages of a layer are adjacent."""
+        """One piece a block: its pages of a layer are adjacent. A row each: here, there, bytes."""
         geometry = self._ports.geometry
         per_block = geometry.pages_per_block
-        pieces = []
-        page = saved.first_page
-        while page < saved.last_page:
-            block, page_in_block = divmod(page, per_block)
-            count = min(per_block - page_in_block, saved.last_page - page)
-            offset = geometry.page_offset(saved.layer, page_in_block)
-            remote = self.peer.staging_address + self.peer.slots[block] * geometry.slot_bytes
-            pieces.append(
-                (
-                    self._ports.slot_address(self._slots[block]) + offset,
-                    remote + offset,
-                    count * geometry.layer_page_bytes[saved.layer],
-                )
-            )
-            page += count
-        return np.array(pieces, dtype=np.uint64)
+        first, last = saved.first_page // per_block, -(-saved.last_page // per_block)
+        edges = np.arange(first, last + 1, dtype=np.uint64) * np.uint64(per_block)
+        edges[0], edges[-1] = saved.first_page, saved.last_page
+        page_bytes = np.uint64(geometry.layer_page_bytes[saved.layer])
+        offsets = np.full(last - first, geometry.page_offset(saved.layer, 0), np.uint64)
+        offsets[0] = geometry.page_offset(saved.layer, saved.first_page - first * per_block)
+        pieces = np.empty((last - first, 3), np.uint64)
+        sides = (
+            (self._ports.staging.address, self._slots),
+            (self.peer.staging_address, self.peer.slots),
+        )
+        for column, (address, slots) in enumerate(sides):
+            starts = np.array(slots[first:last], np.uint64) * np.uint64(geometry.slot_bytes)
+            pieces[:, column] = starts + np.uint64(address) + offsets
+        pieces[:, 2] = np.diff(edges) * page_bytes
+        return pieces
 
     def _pages_put(self, num_bytes: int, outcome: PutOutcome) -> None:
         self._open_puts -= 1

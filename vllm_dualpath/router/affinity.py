@@ -1,6 +1,6 @@
 """Which engines computed and decoded which prompts last: what their own caches may still hold.
 
-That a prefill engine holds a prompt is said by the model of its cache (``Engine.prefix_cache``);
+Whether a prefill engine holds a prompt is said by the model of its cache (``Engine.prefix_cache``);
 of a decode engine it is a belief, which decides between nearly equal ones and nothing else.
 """
 
@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_dualpath.router.engine import Engine
-from vllm_dualpath.router.orders import Prompt
 
 _MAX_PROMPTS = 1 << 16
-_MAX_NEW_BLOCKS = 64
+_MAX_NEW_BLOCKS = 1024
 """A longer turn is not found again: it costs a look for each of its blocks."""
 _ENDS = 2
 """A prompt is found by so many of its last blocks: what a chat template puts at its very end may
@@ -27,22 +26,11 @@ class EarlierPrompt:
     """A prompt that shares leading blocks with another one."""
 
     key: int
-    """In ``Engine.prefix_cache``."""
-    engines: tuple[Engine, ...]
-    """Its prefill and its decode engine."""
+    """Of its stay in its prefill engine, in ``Engine.prefix_cache``."""
+    prefill: Engine
+    decode: Engine
     num_blocks: int
     """The blocks that both have."""
-
-    def certain(self) -> list[tuple[Engine, int]]:
-        """Engines with their leading blocks of the later prompt; prefill engines only while they
-        hold them.
-        """
-        return [
-            (engine, self.num_blocks)
-            for engine in self.engines
-            if engine.role == "decode"
-            or (engine.prefix_cache is not None and engine.prefix_cache.holds(self.key))
-        ]
 
 
 class PrefixMemory:
@@ -50,12 +38,14 @@ class PrefixMemory:
 
     def __init__(self, max_prompts: int = _MAX_PROMPTS) -> None:
         self._max_ends = _ENDS * max_prompts
-        self._found: OrderedDict[bytes, tuple[int, tuple[Engine, ...]]] = OrderedDict()
+        self._found: OrderedDict[bytes, tuple[int, Engine, Engine]] = OrderedDict()
 
-    def remember(self, prompt: Prompt, engines: tuple[Engine, ...]) -> None:
-        """``engines`` have, or will have, this prompt in their caches."""
-        for block_hash in prompt.block_hashes[-_ENDS:]:
-            self._found[block_hash] = prompt.key, engines
+    def remember(
+        self, block_hashes: Sequence[bytes], key: int, prefill: Engine, decode: Engine
+    ) -> None:
+        """These engines have a prompt in their caches."""
+        for block_hash in block_hashes[-_ENDS:]:
+            self._found[block_hash] = key, prefill, decode
             self._found.move_to_end(block_hash)
         while len(self._found) > self._max_ends:
             self._found.popitem(last=False)
@@ -66,6 +56,5 @@ class PrefixMemory:
         for index in range(end - 1, max(-1, end - 2 - _MAX_NEW_BLOCKS), -1):
             found = self._found.get(block_hashes[index])
             if found is not None:
-                key, engines = found
-                return EarlierPrompt(key, engines, index + 1)
+                return EarlierPrompt(*found, index + 1)
         return None

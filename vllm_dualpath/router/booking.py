@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from vllm_dualpath.plan import ReadPlan
@@ -33,27 +34,38 @@ class Assignment:
             self.engine.add_load(-1, -self._num_tokens, -self._compute_tokens, -self._kv_tokens)
 
 
+_stays = itertools.count(1)
+
+
 class CacheStay:
-    """A prompt in its prefill engine, for the model of that engine's prefix cache. Ends once."""
+    """A prompt's stay in its prefill engine, for the model of that engine's prefix cache."""
 
-    def __init__(self, engine: Engine, prompt: Prompt, earlier: EarlierPrompt | None) -> None:
+    def __init__(
+        self, engine: Engine, num_tokens: int, earlier: EarlierPrompt | None, num_cached: int
+    ) -> None:
+        """``num_cached``: of the earlier prompt's tokens, those that are not read for this one."""
+        self.key = next(_stays)
         self._model = engine.prefix_cache
-        self._key = prompt.key
+        self._open = True
+        page = engine.hello.geometry.page_tokens
         if self._model is not None:
-            page = engine.hello.geometry.page_tokens
-            # Whole pages; and one that the next turn leaves behind, half full.
-            num_tokens = (prompt.num_tokens // page + 2) * page
-            self._model.begin(self._key, num_tokens, 0 if earlier is None else earlier.key)
+            earlier_key = 0 if earlier is None else earlier.key
+            whole_pages = -(-num_tokens // page) * page
+            self._model.begin(self.key, whole_pages, earlier_key, num_cached)
 
-    @property
-    def is_doubtful(self) -> bool:
-        """Whether what this prompt counts on may be evicted before it is there."""
-        return self._model is not None and self._model.is_overcommitted
+    def arrive(self) -> bool:
+        """The leg goes out; whether the engine still holds what the plan left to it."""
+        return self._model is None or self._model.arrive(self.key)
+
+    def missed(self) -> None:
+        """It did not, though the model had it so."""
+        if self._model is not None:
+            self._model.missed(self.key)
 
     def end(self, *, computed: bool) -> None:
-        model, self._model = self._model, None
-        if model is not None:
-            model.end(self._key, computed)
+        if self._open and self._model is not None:
+            self._model.end(self.key, computed)
+        self._open = False
 
 
 class Booking:
@@ -72,7 +84,8 @@ class Booking:
         hit_tokens = plan.num_hit_blocks * block_tokens
         self.prefill = Assignment(prefill, num_tokens, num_tokens - hit_tokens)
         self.decode = Assignment(decode, num_tokens)
-        self.stay = CacheStay(prefill, prompt, earlier)
+        num_cached = plan.num_cached_blocks * block_tokens
+        self.stay = CacheStay(prefill, num_tokens, earlier, num_cached)
         self._engines = {each.engine_id: each for each in (prefill, decode, *donors)}
         self._reads: dict[str, int] = {}
         for segment in plan.segments:

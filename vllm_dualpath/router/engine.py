@@ -120,11 +120,6 @@ class Engine:
         if self._view is not None:
             self._view.engine(self._index).donates = self.donates
 
-    def cache_missed(self) -> None:
-        """It did not have what a plan left to its prefix cache."""
-        if self.prefix_cache is not None:
-            self.prefix_cache.missed()
-
     # --- the policy's view ---
 
     def state(self, node: int) -> tuple[NodeState, EngineState]:

@@ -32,7 +32,7 @@ from vllm_dualpath.router.placing import MAX_ATTEMPTS, Placement, Placer
 from vllm_dualpath.router.relay import error_response, relay
 from vllm_dualpath.router.telemetry import Telemetry
 from vllm_dualpath.router.tokenize import ModelNames, Tokenizer
-from vllm_dualpath.router.transfer import Transfer
+from vllm_dualpath.router.transfer import EVICTED, Transfer
 from vllm_dualpath.router.upstream import JSON_HEADERS, Upstream
 from vllm_dualpath.router.usage import reported_cached_tokens
 
@@ -86,7 +86,7 @@ class Flow:
         if reason:
             return await self._alone(reason)
         if self._is_short():
-            return await self._alone("a short prompt", outcome="short")
+            return await self._alone("a short prompt", short_tokens=self._num_tokens_about())
         ids = await self._token_ids(body)
         if ids is None:
             return await self._alone("no prefill engine, another model, or no token ids")
@@ -94,12 +94,14 @@ class Flow:
 
     def _is_short(self) -> bool:
         """Whether a decode engine computes the prompt sooner than it would get it."""
-        limit = self._core.config.short_prompt_tokens
+        return self._num_tokens_about() <= self._core.config.short_prompt_tokens
+
+    def _num_tokens_about(self) -> int:
+        """No less than the prompt has, mostly. An engine would know, but takes longer to ask."""
         prompt = self._body.get("prompt")
         if isinstance(prompt, list):
-            return len(prompt) <= limit
-        # Not worth asking an engine: text of one token for each byte is computed soon enough, too.
-        return len(self._raw) <= limit * _TEXT_BYTES_PER_TOKEN
+            return len(prompt)
+        return len(self._raw) // _TEXT_BYTES_PER_TOKEN
 
     async def _token_ids(self, body: Body) -> TokenIds | None:
         engine = self._core.cluster.some_decode()
@@ -173,25 +175,22 @@ class Flow:
             transfer.start()
             if not await transfer.wait_ready():
                 return None
-            if transfer.plan.num_cached_blocks and booking.stay.is_doubtful:
-                transfer.fail("the prefill engine's cache is full of other prompts")
+            if not booking.stay.arrive():
+                transfer.fail(EVICTED)
                 return None
             leg = await self._prefill(transfer, body, ids)
             booking.prefill.release()
             if leg is None:
                 return None
             status, content_type, content = leg
-            booking.stay.end(computed=status == 200)
             if status != 200:
                 self._outcome = reason = "rejected"
                 return _pass_on(status, content_type, content)
+            self._core.placer.computed(transfer)
             transfer.end_prefill(drain=True, reason="the leg has returned")
             if not await transfer.wait_committed():
                 return None
-            cached = max(
-                transfer.num_hit_blocks * transfer.decode.hello.geometry.block_tokens,
-                reported_cached_tokens(content),
-            )
+            cached = max(transfer.num_loaded_tokens, reported_cached_tokens(content))
             response = await self._decode(transfer, body, ids, cached)
             drain, reason = response is not None, "done"
             return response
@@ -254,9 +253,12 @@ class Flow:
         preferred: Engine | None = None,
         *,
         waited: bool = False,
-        outcome: str = "alone",
+        short_tokens: int = 0,
     ) -> web.StreamResponse:
-        """Let one decode engine handle the request by itself; another one if it does not answer."""
+        """Let one decode engine handle the request by itself; another one if it does not answer.
+
+        ``short_tokens``: of a prompt that goes alone because it is short.
+        """
         if not waited:
             # The only one may have been lost, or have registered anew, since the request came.
             await self._core.cluster.wait_for_decode(self._core.config.engine_wait_s)
@@ -269,13 +271,15 @@ class Flow:
             return error_response(503, "NoEngine", f"{reason}; try again later")
         while engine is not None:
             tried.add(engine)
-            load = Assignment(engine, 0)
+            load = Assignment(engine, short_tokens)
+            load.take_kv()
             try:
                 headers = {**self._headers, **JSON_HEADERS}
                 answer = await self._core.upstream.ask(
                     engine, "POST", self._path, headers, self._clean_raw()
                 )
-                self._outcome = outcome if answer.status < 400 else "rejected"
+                served = "short" if short_tokens else "alone"
+                self._outcome = served if answer.status < 400 else "rejected"
                 return await relay(self._request, answer)
             except PeerLost as exc:
                 logger.warning("%s", exc)

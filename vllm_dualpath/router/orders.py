@@ -19,11 +19,6 @@ class Prompt:
     digest: bytes
     num_releases: int
 
-    @property
-    def key(self) -> int:
-        """Of this prompt in a model of a prefix cache."""
-        return int.from_bytes(self.digest[:8])
-
 
 @dataclass(frozen=True, slots=True)
 class Orders:

@@ -18,7 +18,7 @@ from vllm_dualpath.router.engine import Engine
 from vllm_dualpath.router.orders import Prompt
 from vllm_dualpath.router.roster import GroupView, PairGroup
 from vllm_dualpath.router.telemetry import Telemetry
-from vllm_dualpath.router.transfer import Transfer
+from vllm_dualpath.router.transfer import EVICTED, Transfer
 from vllm_dualpath.router.waiting import Line, NotNow
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,13 @@ class Placer:
                 return placement
         return None
 
+    def computed(self, transfer: Transfer) -> None:
+        """The prefill leg has returned: both engines have the prompt, or will have it."""
+        stay = transfer.booking.stay
+        stay.end(computed=True)
+        hashes = transfer.prompt.block_hashes
+        self._memory.remember(hashes, stay.key, transfer.prefill, transfer.decode)
+
     def after(
         self,
         failed: Transfer,
@@ -77,7 +84,8 @@ class Placer:
         token_ids: Sequence[int],
         cache_salt: str | None,
     ) -> Placement | None:
-        """The other reader alone, then no hits; on other engines where one of the pair is gone.
+        """The other reader alone, then no hits; decided anew where one of the pair is gone, or does
+        not hold any more what nobody read.
 
         ``None`` when a decode engine alone is what is left.
         """
@@ -88,7 +96,8 @@ class Placer:
             return None
         if num_hits == 0 and attempt > 1:
             return None
-        if not (failed.prefill.usable and failed.decode.usable):
+        evicted = failure.reason == EVICTED
+        if evicted or not (failed.prefill.usable and failed.decode.usable):
             return self._elsewhere(token_ids, cache_salt, failed.prompt.num_releases, use_hits)
         plan = ReadPlan(0, ())
         if use_hits:
@@ -159,14 +168,8 @@ class Placer:
         block_tokens = view.hello.geometry.block_tokens
         num_hits = self._num_hits(view, prompt, block_tokens) if use_hits else 0
         earlier = self._memory.find(prompt.block_hashes)
-        found = [] if earlier is None else earlier.certain()
-        cached = [(engine.index_in(view.view), num_blocks) for engine, num_blocks in found]
-        request = PlanRequest(
-            prompt.num_tokens,
-            num_hits,
-            block_tokens,
-            cached=[(index, num_blocks) for index, num_blocks in cached if index is not None],
-        )
+        cached = [] if earlier is None else _cached(view, earlier, prompt.num_tokens)
+        request = PlanRequest(prompt.num_tokens, num_hits, block_tokens, cached=cached)
         started_s = time.perf_counter()
         decision = self._policy.decide(view.view, request, line, ignore_load=ignore_load)
         self._telemetry.decision_seconds.observe(time.perf_counter() - started_s)
@@ -175,7 +178,6 @@ class Placer:
         if decision.verdict is not Verdict.PLACED:
             return NotNow.NOT_NOW
         prefill, decode = view.engines[decision.prefill], view.engines[decision.decode]
-        self._memory.remember(prompt, (prefill, decode))
         readers = (view.engines[reader] for reader, _, _ in decision.segments)
         donors = tuple(reader for reader in readers if reader not in (prefill, decode))
         plan = _plan_of(view, decision, num_hits)
@@ -200,6 +202,17 @@ def _prompt_for(
     root = hello.root if cache_salt is None else chain_root(hello.root, cache_salt)
     hashes, digest = hash_prompt(root, token_ids, hello.geometry.block_tokens)
     return Prompt(len(token_ids), root, tuple(hashes), digest, num_releases)
+
+
+def _cached(view: GroupView, earlier: EarlierPrompt, num_tokens: int) -> list[tuple[int, int]]:
+    """Engines of ``view`` with leading blocks of a prompt; a prefill engine only if it is sure."""
+    sure = [earlier.decode]
+    model = earlier.prefill.prefix_cache
+    shared_tokens = earlier.num_blocks * view.hello.geometry.block_tokens
+    if model is not None and model.holds(earlier.key, shared_tokens, num_tokens):
+        sure.append(earlier.prefill)
+    places = (engine.index_in(view.view) for engine in sure)
+    return [(index, earlier.num_blocks) for index in places if index is not None]
 
 
 def _plan_of(view: GroupView, decision: Decision, num_hits: int) -> ReadPlan:

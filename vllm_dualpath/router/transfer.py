@@ -36,6 +36,8 @@ from vllm_dualpath.router.orders import Orders, Prompt, peer_of
 logger = logging.getLogger(__name__)
 
 PEER_LOST = "peer_lost"
+EVICTED = "evicted"
+"""What the plan left to the prefill engine's own cache is there no more."""
 _STALLED = "stalled while"
 _SHUN_S = 60.0
 """A donor that may have failed a request is asked for nothing so long: its heartbeats can be good
@@ -74,7 +76,8 @@ class Failure:
     @property
     def label(self) -> str:
         """The reason as a metric's label: of a small, fixed set."""
-        return PEER_LOST if self.reason == PEER_LOST else self.during.name.lower()
+        own = self.reason in (PEER_LOST, EVICTED)
+        return self.reason if own else self.during.name.lower()
 
     @property
     def worth_another(self) -> bool:
@@ -121,6 +124,7 @@ class Transfer:
         self._last_message_s = self.opened_s
         self._decode_slots: tuple[int, ...] = ()
         self._staged = False
+        self._cache_missed = False
         self._waiter: asyncio.Future[None] | None = None
         self._on_failure: Callable[[], object] | None = None
         self._cut_by: set[bytes] = set()
@@ -216,6 +220,12 @@ class Transfer:
         """Nothing is asked of the movers any more but to report their ends."""
         return not self._open_parts
 
+    @property
+    def num_loaded_tokens(self) -> int:
+        """Prompt tokens that were not computed, as far as the plan tells."""
+        num_blocks = 0 if self._cache_missed else self.num_hit_blocks
+        return num_blocks * self.decode.hello.geometry.block_tokens
+
     def describe(self) -> str:
         """State, for a log line."""
         waiting = ", ".join(engine.engine_id for engine in self._unended.values())
@@ -232,7 +242,8 @@ class Transfer:
             if sender not in self.donors or self._needs(sender):
                 self.fail(message.reason, sender.engine_id)
         elif isinstance(message, NotCached):
-            sender.cache_missed()
+            self._cache_missed = True
+            self.booking.stay.missed()
         elif self.failure is None:
             self._advance(sender, message)
 
