@@ -100,12 +100,13 @@ def commits(harness: Harness) -> Any:
 
 _TURNS = [list(range(100, 100 + count)) for count in (18, 30, 42)]
 """Of 4, 7 and 10 full blocks."""
+_OTHER = list(range(500, 518))
 
 
 @contextlib.asynccontextmanager
 async def caching(kv_tokens: int = 1000, **config: Any) -> AsyncIterator[Harness]:
-    """A prefill engine with a prefix cache; the store has every block of ``_TURNS``."""
-    blocks = stored_blocks(_TURNS[-1], 10)
+    """A prefill engine with a prefix cache; the store has every block of these prompts."""
+    blocks = [*stored_blocks(_TURNS[-1], 10), *stored_blocks(_OTHER, 4)]
     async with Harness(mode="prefill_only", **config) as harness:
         hello = {**_CACHING, "kv_tokens": kv_tokens}
         await harness.add("p", "prefill", blocks, **hello)
@@ -156,10 +157,9 @@ async def test_what_other_prompts_have_pushed_out_is_read() -> None:
 
 async def test_an_engine_that_held_less_is_believed_in_no_more() -> None:
     """Until it has computed a prompt again."""
-    other = list(range(500, 518))
     async with caching() as harness:
         await ask(harness, _TURNS[0])
-        await ask(harness, other)
+        await ask(harness, _OTHER)
 
         async def misses(request: web.Request, leg: dict[str, Any]) -> web.StreamResponse:
             key = wire_key(leg["kv_transfer_params"]["dualpath"])
@@ -171,8 +171,9 @@ async def test_an_engine_that_held_less_is_believed_in_no_more() -> None:
         healthy, harness.p.server.behaviour = harness.p.server.behaviour, misses
         assert (await ask(harness, _TURNS[1]))[0] == 4
         harness.p.server.behaviour = healthy
-        assert (await ask(harness, other))[0] == 0
+        assert await ask(harness, _OTHER) == (0, [(0, 4)])
         assert (await ask(harness, _TURNS[2]))[0] == 7
+        assert (await ask(harness, _OTHER))[0] == 4
 
 
 async def test_a_prompt_that_was_not_computed_is_not_held() -> None:
