@@ -38,6 +38,11 @@ std::uint32_t least(const ClusterView& view, const Able& able, const KeyOf& key_
 }
 
 
+// Most cached blocks first, as a key of `least`.
+std::int64_t not_cached(const Request& request, std::uint32_t engine) {
+    return -static_cast<std::int64_t>(request.cached_blocks(engine));
+}
+
 std::uint32_t by_turn(const ClusterView& view, const Request& request, Role role) {
     std::uint64_t num_able = 0;
     for (const EngineState& engine : view.engines) num_able += could_take(engine, role, request);
@@ -98,16 +103,6 @@ bool Placer::has_short_queue(const ClusterView& view, std::uint32_t node) const 
     return static_cast<double>(view.nodes[node].read_queue_tokens) <= parameters_.alpha_s * rate;
 }
 
-// Among engines that are nearly alike: most cached blocks first, then the least busy group, then
-// whose node reads soonest and has read least lately.
-auto Placer::near_key(const ClusterView& view, const Request& request, std::uint32_t e,
-                      std::int64_t group_requests) const {
-    const EngineState& engine = view.engines[e];
-    return std::tuple(-static_cast<std::int64_t>(request.cached_blocks(e)), group_requests,
-                      view.read_level_s(engine.node, parameters_.evenness), engine.num_requests,
-                      engine.num_tokens);
-}
-
 std::uint32_t Placer::choose_prefill(const ClusterView& view, const Request& request) {
     const std::int64_t beta = request.ignore_load ? kNoLimit : parameters_.beta_tokens;
     const auto able = [&](const EngineState& engine) {
@@ -131,10 +126,14 @@ std::uint32_t Placer::choose_prefill(const ClusterView& view, const Request& req
         return load_of(e) <= most && able(engine) &&
                (only_long || has_short_queue(view, engine.node));
     };
-    // A group that steps together is as busy as all of it: of idle engines those of an idle group.
+    // Nearly alike: most cached blocks first; then an idle group, since engines that step together
+    // are as busy as all of them; then whose node reads soonest and has read least lately.
     sum_prefill_requests(view);
     return least(view, is_near, [&](std::uint32_t e) {
-        return near_key(view, request, e, prefill_requests_[view.engines[e].group]);
+        const EngineState& engine = view.engines[e];
+        return std::tuple(not_cached(request, e), prefill_requests_[engine.group],
+                          view.read_level_s(engine.node, parameters_.evenness),
+                          engine.num_requests, engine.num_tokens);
     });
 }
 
@@ -189,7 +188,12 @@ std::uint32_t Placer::choose_decode(const ClusterView& view, const Request& requ
         const Key key = key_of(engine);
         return key.first == least_key.first && static_cast<double>(key.second) <= most;
     };
-    return least(view, is_near, [&](std::uint32_t e) { return near_key(view, request, e, 0); });
+    // Reads wait for slots of a busy decode node: what it read lately says little of the next.
+    return least(view, is_near, [&](std::uint32_t e) {
+        const EngineState& engine = view.engines[e];
+        return std::tuple(not_cached(request, e), view.read_queue_s(engine.node),
+                          engine.num_requests, engine.num_tokens);
+    });
 }
 
 void Placer::sum_groups(const ClusterView& view, const Request& request) {

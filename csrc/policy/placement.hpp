@@ -31,8 +31,6 @@ class Placer {
     };
 
     bool is_balanced() const { return parameters_.placement == Placement::kBalanced; }
-    auto near_key(const ClusterView& view, const Request& request, std::uint32_t e,
-                  std::int64_t group_requests) const;
     std::uint32_t choose_prefill(const ClusterView& view, const Request& request);
     void sum_prefill_requests(const ClusterView& view);
     // In tokens to compute.
