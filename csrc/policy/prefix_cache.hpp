@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <list>
 #include <unordered_map>
-#include <utility>
 #include <vector>
 
 namespace dualpath::policy {
@@ -28,7 +27,7 @@ class PrefixCacheModel {
     // A prompt is on its way. With an `earlier` one it counts on that one's first `shared_tokens`.
     void begin(Key key, std::int64_t num_tokens, Key earlier = kNothing,
                std::int64_t shared_tokens = 0);
-    // It reaches the engine; whether that still holds what the prompt counts on.
+    // It is sent to the engine, if that still holds what the prompt counts on. False: it is not.
     bool arrive(Key key);
     // It left the engine, computed or not, or never reached it.
     void end(Key key, bool computed);
@@ -49,14 +48,22 @@ class PrefixCacheModel {
         bool open = true;
         bool arrived = false;
         std::list<Key>::iterator place;  // in idle_, if not open
-        std::vector<Key> absorbed;       // earlier ones that are part of it
+        std::vector<Key> absorbed;       // earlier ones that are part of it, the latest last
     };
     using Entries = std::unordered_map<Key, Entry>;
+    // An earlier prompt of which another one has the leading tokens.
+    struct Part {
+        Key of;
+        std::int64_t num_tokens;
+    };
+    struct Found {
+        Entry* entry = nullptr;
+        std::int64_t held = 0;
+    };
 
-    const Entry* find(Key key) const;
-    Entry* find(Key key) { return const_cast<Entry*>(std::as_const(*this).find(key)); }
+    Found find(Key key) const;
     void count(Entry& entry, std::int64_t tokens);
-    void absorb(Key key, Entry& entry);
+    void absorb(Key key, Entry& entry, Entry& earlier);
     void drop(Key key);
     void trim();
 
@@ -65,8 +72,8 @@ class PrefixCacheModel {
     std::int64_t num_tokens_ = 0;   // of all entries
     std::int64_t open_tokens_ = 0;  // of those that are open
     std::uint64_t num_misses_ = 0;
-    Entries entries_;
-    std::unordered_map<Key, Key> absorbed_by_;
+    mutable Entries entries_;  // find() gives them to those who change them, too
+    std::unordered_map<Key, Part> parts_;
     std::list<Key> idle_;  // least recently used first
 };
 

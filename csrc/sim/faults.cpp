@@ -31,8 +31,12 @@ void Simulation::kill_node(std::uint32_t index) {
     std::vector<std::uint32_t> repeated;
     for (std::uint32_t i = 0; i < agents_.size(); ++i)
         if (touches(agents_[i], index)) repeated.push_back(i);
-    recorder_.counts().repeated_turns += repeated.size();
-    for (const std::uint32_t agent : repeated) repeat_turn(agent);
+    for (const std::uint32_t agent : repeated) {
+        // Room that one gives back may have let another find that its hits are gone.
+        if (!touches(agents_[agent], index)) continue;
+        ++recorder_.counts().repeated_turns;
+        repeat_turn(agent);
+    }
 }
 
 bool Simulation::touches(const Agent& agent, std::uint32_t node) const {

@@ -93,10 +93,16 @@ TEST(policy_prefix_cache_is_never_too_sure) {
             one.stage = Stage::kAway;
         } else if (one.stage == Stage::kComing) {
             if (!cache.has_room(one.longer)) continue;
-            const bool held = model.arrive(one.stay);
-            num_sure += held && one.shared > 0;
-            num_broken += !held;
-            if (held && one.shared > 0) CHECK(cache.holds(one.name, one.shared));
+            if (!model.arrive(one.stay)) {
+                ++num_broken;
+                model.end(one.stay, false);
+                one.stage = Stage::kAway;
+                continue;
+            }
+            if (one.shared > 0) {
+                ++num_sure;
+                CHECK(cache.holds(one.name, one.shared));
+            }
             cache.take(one.name, one.num_tokens, one.longer);
             one.stage = Stage::kThere;
         } else {
@@ -152,9 +158,9 @@ TEST(policy_prefix_cache_keeps_what_a_longer_prompt_had_beyond) {
     visit(model, 1, 20);
     visit(model, 2, 50);
     visit(model, 3, 50, 2, 40);  // the last ten of 2 stay, for nobody
-    CHECK(model.holds(1, 20, 0) && model.holds(2, 40, 0) && !model.holds(2, 51, 0));
+    CHECK(model.holds(1, 20, 0) && model.holds(2, 40, 0) && !model.holds(2, 41, 0));
     visit(model, 4, 21);
-    CHECK(!model.holds(1, 20, 0) && model.holds(3, 50, 0));
+    CHECK(!model.holds(1, 20, 0) && model.holds(3, 50, 0) && !model.holds(2, 50, 0));
 }
 
 TEST(policy_prefix_cache_breaks_promises_before_they_are_relied_on) {
@@ -164,8 +170,9 @@ TEST(policy_prefix_cache_breaks_promises_before_they_are_relied_on) {
     CHECK(model.holds(1, 30, 60) && !model.holds(1, 30, 91));
     visit(model, 3, 80);
     CHECK(!model.arrive(2));
-    model.end(2, true);
-    CHECK(model.holds(2, 40, 0) && model.open_tokens() == 0);
+    CHECK(model.holds(3, 80, 0));  // nothing has come in its place
+    model.end(2, false);
+    CHECK(!model.holds(2, 40, 0) && model.open_tokens() == 0);
 }
 
 TEST(policy_prefix_cache_of_two_that_go_on_from_one) {
@@ -189,7 +196,23 @@ TEST(policy_prefix_cache_believes_in_less_after_a_miss) {
     model.missed(3);
     model.missed(4);  // of the same cause
     CHECK(!model.arrive(5));
-    for (const PrefixCacheModel::Key key : {3, 4, 5}) model.end(key, true);
-    CHECK(!model.holds(1, 30, 0) && model.holds(5, 31, 0));
-    CHECK(model.holds(5, 31, 90) && !model.holds(5, 31, 101));  // 50, and grown again
+    model.end(5, false);
+    for (const PrefixCacheModel::Key key : {3, 4}) model.end(key, true);
+    CHECK(model.holds(1, 30, 0) && model.holds(4, 31, 31));  // 1 again, as a part of 3
+    CHECK(model.holds(4, 31, 69) && !model.holds(4, 31, 101));  // 50, and grown again
+}
+
+TEST(policy_prefix_cache_promises_nothing_that_its_prompt_would_push_out) {
+    PrefixCacheModel model(kRoom);
+    visit(model, 1, 30);
+    visit(model, 2, 60);
+    CHECK(model.holds(1, 30, 40) && !model.holds(1, 30, 45));
+    CHECK(model.holds(2, 60, 80));  // 1 goes first
+}
+
+TEST(policy_prefix_cache_of_one_that_goes_on_for_ever) {
+    PrefixCacheModel model(kRoom);
+    visit(model, 1, 20);
+    for (PrefixCacheModel::Key key = 2; key < 1000; ++key) CHECK(visit(model, key, 20, key - 1, 20));
+    CHECK(model.holds(999, 20, 0) && model.holds(950, 20, 0) && !model.holds(1, 20, 0));
 }

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,12 +70,19 @@ def ask(tmp_path: Path, log_root: Path) -> Iterator[str]:
 
 
 def test_the_readme_s_two_commands(ask: str) -> None:
-    """Asked twice, there are two answers, and both engines outlive them."""
-    for _ in range(2):
-        result = subprocess.run(["sh", "-c", ask], capture_output=True, text=True, timeout=120)
+    """Asked twice as it stands, a short prompt, and twice with one that is transferred, there are
+    four answers, and both engines outlive them.
+    """
+    long = ask.replace("Once upon a time", "Once upon a time " * 100)
+    for command in (ask, ask, long, long):
+        result = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120)
         assert result.returncode == 0, result.stderr
         (choice,) = json.loads(result.stdout)["choices"]
         assert choice["text"]
     url = ask.split()[1].removesuffix("/v1/completions")
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as response:
+        metrics = response.read().decode()
+    for outcome in ("short", "transferred"):
+        assert f'dualpath_router_requests_total{{outcome="{outcome}"}} 2.0' in metrics
     engines = get_json(f"{url}/dualpath/status")["engines"]
     assert [engine["serving"] for engine in engines] == [True, True]

@@ -25,6 +25,8 @@ from vllm_dualpath.bench.testbed.counters import Nic, NicCounters
 from vllm_dualpath.bench.testbed.layout import TestbedSpec, directory, mount_point
 from vllm_dualpath.bench.tiny_model import TinyModel
 
+from .deployment import wait_until
+
 MISSING = missing_requirements()
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"a testbed needs {'; '.join(MISSING)}")
 
@@ -75,9 +77,32 @@ def test_bytes_cross_the_nics_and_down_leaves_nothing(clean: None) -> None:
     assert "decode-0: namespace dualpath-pytest-decode-0, 1 processes, store mounted" in (
         status.stdout
     )
+    _kill_brick()
+    broken = subprocess.run([*COMMAND, "status", "--name", NAME], capture_output=True, text=True)
+    assert broken.returncode == 1
+    assert "no glusterfsd runs" in broken.stderr
+    # What somebody deletes by hand: glusterd runs on in a namespace without a name.
+    subprocess.run(["ip", "netns", "del", f"dualpath-{NAME}-storage"], check=True)
     assert subprocess.run([*COMMAND, "down", "--name", NAME], capture_output=True).returncode == 0
     assert leftovers() == []
     assert lifecycle.down(NAME) == []
+
+
+def _kill_brick() -> None:
+    pids = network.processes_in(f"dualpath-{NAME}-storage")
+    names = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in pids}
+    (brick,) = (pid for pid, name in names.items() if name == "glusterfsd")
+    os.kill(brick, signal.SIGKILL)
+    wait_until(lambda: not Path(f"/proc/{brick}/ns/net").exists(), "the end of the brick", 10)
+
+
+def test_up_that_is_told_to_end_leaves_nothing(clean: None) -> None:
+    """``timeout`` and systemd send SIGTERM: it undoes what it has made, as on Ctrl-C."""
+    up = subprocess.Popen([*COMMAND, "up", "--name", NAME], stderr=subprocess.DEVNULL)
+    wait_until(lambda: bool(network.namespaces(NAME)) or up.poll() is not None, "a namespace", 60)
+    up.send_signal(signal.SIGTERM)
+    assert up.wait(60) != 0
+    assert leftovers() == []
 
 
 def test_down_cleans_up_after_an_up_that_was_killed(clean: None) -> None:

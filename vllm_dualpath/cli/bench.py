@@ -26,7 +26,7 @@ from vllm_dualpath.bench.router.report import within_goal
 from vllm_dualpath.bench.router.run import full_plan as full_router_plan
 from vllm_dualpath.bench.router.run import short_plan as short_router_plan
 from vllm_dualpath.cli import bench_cluster
-from vllm_dualpath.cli.output import write_json
+from vllm_dualpath.cli.output import check_outputs, write_json
 
 app = typer.Typer(help="Measure a server, or the data mover on this machine.", no_args_is_help=True)
 app.command("cluster")(bench_cluster.cluster)
@@ -53,6 +53,7 @@ def replay(
 
     Exit code 1 if a request failed.
     """
+    check_outputs(json_path)
     plan = ReplayPlan(
         agents=agents,
         turns=turns,
@@ -87,6 +88,7 @@ def mover(
     ] = True,
 ) -> None:
     """Measure storage, transport, checksums and copies beside what one would take instead."""
+    check_outputs(json_path)
     plan = (short_plan if short else full_plan)(directory.resolve(), nixl_path, pin)
     record = make_record(measure_with_progress(plan, Console(stderr=True)))
     write_json(json_path, record)
@@ -105,6 +107,7 @@ def hooks(
     ] = None,
 ) -> None:
     """Measure what the connector's hooks take of vLLM's thread."""
+    check_outputs(json_path)
     timings = time_hooks(20 if short else 100)
     overhead = {}
     for name, case in CASES.items() if idle else ():
@@ -130,6 +133,7 @@ def policy(
 
     Exit code 1 if a median or a rate misses its limit.
     """
+    check_outputs(json_path)
     timings = time_policies(0.5 if short else 3.0)
     write_json(json_path, to_policy_json(timings))
     Console().print(policy_table(timings))
@@ -160,6 +164,7 @@ def router(
 
     Exit code 1 if a ratio misses the goal.
     """
+    check_outputs(json_path)
     plan = short_router_plan if short else full_router_plan
     measured = measure_router(plan(mode, transfer_all, vllm_router_path, pin), Console(stderr=True))
     record = make_router_record(measured)

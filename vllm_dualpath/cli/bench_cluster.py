@@ -11,16 +11,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vllm_dualpath.bench.comparison.baseline_runs import DEFAULT_BASELINE_DIR
+from vllm_dualpath.bench.comparison.baseline_runs import DEFAULT_BASELINE_DIR, is_baseline
 from vllm_dualpath.bench.comparison.online import Limits, RateRange
 from vllm_dualpath.bench.comparison.page import comparison_page, comparison_plots, comparison_table
 from vllm_dualpath.bench.comparison.record import comparison_json
-from vllm_dualpath.bench.comparison.run import compare, search_rates
+from vllm_dualpath.bench.comparison.run import check_ready, compare, search_rates
 from vllm_dualpath.bench.comparison.settings import ComparisonPlan, Say, Topology, parse_modes
 from vllm_dualpath.bench.replay import TokenRange
-from vllm_dualpath.bench.testbed.commands import check_requirements
 from vllm_dualpath.bench.testbed.layout import parse_rate
-from vllm_dualpath.cli.output import write_json
+from vllm_dualpath.cli.interrupts import end_like_ctrl_c
+from vllm_dualpath.cli.output import check_outputs, write_json
 from vllm_dualpath.errors import ConfigError
 
 _DEFAULT = ComparisonPlan()
@@ -100,22 +100,23 @@ def cluster(
     )
     if arrivals not in ("offline", "poisson"):
         raise ConfigError(f"--arrivals: expected offline or poisson, found {arrivals!r}")
-    check_requirements()
+    online = arrivals == "poisson"
+    rates, limits = RateRange.parse(rate), Limits(ttft_limit, tpot_limit)
+    if online and (html_path or plot_dir or any(map(is_baseline, plan.modes))):
+        raise ConfigError("--arrivals poisson: writes --json only, and takes no baselines")
+    check_outputs(json_path, html_path, directories=(plot_dir, log_dir))
+    check_ready(plan)
     logs = log_dir or Path(tempfile.mkdtemp(prefix="vllm-dualpath-bench-"))
     say = _say(Console(stderr=True))
     say(f"logs in {logs}")
-    if arrivals == "poisson":
-        found = search_rates(
-            replace(plan, num_alone=0),
-            RateRange.parse(rate),
-            Limits(ttft_limit, tpot_limit),
-            logs,
-            say,
-        )
-        write_json(json_path, found)
+    end_like_ctrl_c()
+    if online:
+        found = search_rates(replace(plan, num_alone=0), rates, limits, logs, say)
         Console().print_json(data=found["highest_agents_per_s"])
+        write_json(json_path, found)
         return
     comparison = compare(plan, logs, say, baseline_dir=baseline_dir)
+    Console().print(comparison_table(comparison))
     write_json(json_path, comparison_json(comparison))
     if html_path is not None:
         html_path.write_text(comparison_page(comparison), encoding="utf-8")
@@ -123,7 +124,6 @@ def cluster(
         plot_dir.mkdir(parents=True, exist_ok=True)
         for name, drawing in comparison_plots(comparison).items():
             (plot_dir / name).write_text(drawing, encoding="utf-8")
-    Console().print(comparison_table(comparison))
     raise typer.Exit(0 if comparison.exact else 1)
 
 

@@ -1,4 +1,4 @@
-"""What commands share in what they write: a spinner while they work, and JSON files."""
+"""What commands share in what they write: a spinner while they work, and files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
+from vllm_dualpath.errors import ConfigError
+
 
 @contextmanager
 def spinner() -> Iterator[Callable[[str], None]]:
@@ -19,6 +21,19 @@ def spinner() -> Iterator[Callable[[str], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("")
         yield lambda name: progress.update(task, description=name)
+
+
+def check_outputs(*files: Path | None, directories: tuple[Path | None, ...] = ()) -> None:
+    """Raise ``ConfigError`` for what cannot be written: before the work, not after it."""
+    for path in files:
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            found = "a directory" if path.is_dir() else f"no directory {path.parent}"
+            raise ConfigError(
+                f"{path}: expected a file in a directory that is there, found {found}"
+            )
+    for path in directories:
+        if path is not None and path.exists() and not path.is_dir():
+            raise ConfigError(f"{path}: expected a directory, or nothing yet, found a file")
 
 
 def write_json(path: Path | None, content: Any) -> None:

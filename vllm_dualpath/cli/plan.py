@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from vllm_dualpath.cli import load_options
-from vllm_dualpath.cli.output import spinner, write_json
+from vllm_dualpath.cli.output import check_outputs, spinner, write_json
 from vllm_dualpath.sim.assumptions import load_assumptions
 from vllm_dualpath.sim.config import make_config
 from vllm_dualpath.sim.plan import make_plan
@@ -31,6 +31,7 @@ def plan(
     ] = None,
 ) -> None:
     """Simulate every split of the nodes in every mode and say which is best, and what binds."""
+    check_outputs(json_path, html_path)
     if agents is None and rate is None:
         agents = 100 * nodes
     config = make_config(

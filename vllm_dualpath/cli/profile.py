@@ -13,8 +13,7 @@ from vllm_dualpath.bench.profiling.report import (
     profile_table,
     profile_with_progress,
 )
-from vllm_dualpath.cli.output import write_json
-from vllm_dualpath.errors import ConfigError
+from vllm_dualpath.cli.output import check_outputs, write_json
 from vllm_dualpath.profile import save_profile
 from vllm_dualpath.storage.posix import root_of
 
@@ -41,9 +40,7 @@ def profile(
 
     All other arguments go to vLLM as they are: give those that the engines are served with.
     """
-    # Now, not after minutes of measuring.
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out {out}: expected a directory, found no {out.parent}")
+    check_outputs(out, json_path)
     if store is not None:
         root_of(store)
     measured = profile_with_progress(

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from vllm_dualpath.cli import load_options
-from vllm_dualpath.cli.output import spinner, write_json
+from vllm_dualpath.cli.output import check_outputs, spinner, write_json
 from vllm_dualpath.errors import ConfigError
 from vllm_dualpath.sim.assumptions import Assumptions, load_assumptions
 from vllm_dualpath.sim.capacity import Objectives, find_capacity
@@ -60,6 +60,9 @@ def simulate(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write results here.")] = None,
 ) -> None:
     """Simulate a cluster that serves agents, or reproduce the paper's figures."""
+    check_outputs(json_path, page)
+    if heat_maps is not None and not heat_maps.is_dir():
+        raise ConfigError(f"--heat-maps {heat_maps}: expected a directory that is there")
     if reproduce_paper:
         _reproduce(short, page, json_path)
         return

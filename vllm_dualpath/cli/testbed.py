@@ -9,8 +9,15 @@ import typer
 
 from vllm_dualpath.bench.cluster import ClusterSpec, LocalCluster
 from vllm_dualpath.bench.testbed import lifecycle, network, state
+from vllm_dualpath.bench.testbed.commands import check_requirements, in_namespace
 from vllm_dualpath.bench.testbed.counters import NicCounters
-from vllm_dualpath.bench.testbed.layout import TestbedSpec, directory, parse_rate, rate_text
+from vllm_dualpath.bench.testbed.layout import (
+    TestbedSpec,
+    check_name,
+    directory,
+    parse_rate,
+    rate_text,
+)
 from vllm_dualpath.bench.testbed.namespaces import entered
 from vllm_dualpath.bench.testbed.places import (
     node_prefix,
@@ -26,6 +33,7 @@ from vllm_dualpath.cli.engine_flags import (
     check_model,
     extra_config,
 )
+from vllm_dualpath.cli.interrupts import end_like_ctrl_c
 from vllm_dualpath.cli.up import run_cluster, stop_event
 from vllm_dualpath.config import parse_router_config
 
@@ -76,6 +84,7 @@ def up(
         parse_rate(storage_nic, "--storage-nic"),
         parse_rate(compute_nic, "--compute-nic"),
     )
+    end_like_ctrl_c()
     lifecycle.up(spec)
     _announce(spec)
     if model is None:
@@ -93,8 +102,11 @@ def up(
         start_timeout_s=start_timeout,
         places=places(spec),
     )
-    with entered(spec.head.namespace):
-        raise typer.Exit(run_cluster(LocalCluster(cluster_spec), status_json, stop_event()))
+    try:
+        with entered(spec.head.namespace):
+            raise typer.Exit(run_cluster(LocalCluster(cluster_spec), status_json, stop_event()))
+    finally:
+        typer.echo(f"testbed {name} stays: vllm-dualpath testbed down --name {name}", err=True)
 
 
 def _announce(spec: TestbedSpec) -> None:
@@ -106,6 +118,7 @@ def _announce(spec: TestbedSpec) -> None:
     )
     for node in spec.engine_nodes():
         typer.echo(f"  {node.name}: {_quoted(node_prefix(node))} COMMAND")
+    typer.echo(f"  clients: {' '.join(in_namespace(spec.head.namespace))} COMMAND")
 
 
 def _quoted(prefix: tuple[str, ...]) -> str:
@@ -125,13 +138,17 @@ def down(name: Name = "testbed") -> None:
 @app.command()
 def status(name: Name = "testbed") -> None:
     """What is there, and each NIC's counters. Exit code 1 unless all of it is there."""
+    check_name(name)
+    check_requirements()
     spec = state.read_spec(name)
     spaces = network.namespaces(name)
     if spec is None or len(spaces) < len(spec.nodes()) + 1:
         typer.echo(f"testbed {name}: {'incomplete: run down' if spaces or spec else 'not there'}")
         raise typer.Exit(1)
     mounted = {path.name for path in lifecycle.mounts(name)}
-    _announce(spec)
+    problems = lifecycle.problems(spec)
+    if not problems:
+        _announce(spec)
     counters = NicCounters(spec)
     try:
         read = counters.read()
@@ -147,3 +164,6 @@ def status(name: Name = "testbed") -> None:
                     f"  {nic.network} {node.address(nic.network)}: {received:,} bytes received,"
                     f" {sent:,} sent"
                 )
+    for problem in problems:
+        typer.echo(f"WARNING: {problem}", err=True)
+    raise typer.Exit(1 if problems else 0)

@@ -333,8 +333,8 @@ class WorkerSide:
         """
         self.recorder.count(metrics.LOAD_FAILURES, label=reason)
         self._invalid |= blocks
-        # Nor must anybody else: what is computed anew is not saved again, so the decode side commits
-        # nothing of this step's prompts.
+        # Nor must the decode side: what is computed anew is not saved again, so it commits nothing
+        # of this step's prompts.
         self.step.saves = []
         if self._setup.async_scheduling:
             raise SyncLoadFailed(

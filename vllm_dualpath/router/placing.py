@@ -74,6 +74,8 @@ class Placer:
         """The prefill leg has returned: both engines have the prompt, or will have it."""
         stay = transfer.booking.stay
         stay.end(computed=True)
+        if transfer.prefill.lost.is_set():
+            return
         hashes = transfer.prompt.block_hashes
         self._memory.remember(hashes, stay.key, transfer.prefill, transfer.decode)
 

@@ -25,6 +25,12 @@ class Limits:
     ttft_s: float
     tpot_s: float
 
+    def __post_init__(self) -> None:
+        if not (self.ttft_s > 0 and self.tpot_s > 0):
+            raise ConfigError(
+                f"limits: expected seconds above 0, found {self.ttft_s} and {self.tpot_s}"
+            )
+
     def kept_by(self, run: Run) -> bool:
         """Whether the run's 90th percentiles are within, and nothing failed."""
         found = observed(run)
@@ -56,7 +62,7 @@ class RateRange:
             parsed = cls(float(low), float(high or low))
         except ValueError as exc:
             raise ConfigError(f"--rate: expected LOW-HIGH agents a second, found {text!r}") from exc
-        if not 0 < parsed.low <= parsed.high:
+        if not 0 < parsed.low <= parsed.high < math.inf:
             raise ConfigError(f"--rate: expected 0 < LOW <= HIGH, found {text!r}")
         return parsed
 

@@ -16,10 +16,23 @@ from vllm_dualpath.bench.comparison.record import Comparison, TopologyResult, pl
 from vllm_dualpath.bench.comparison.reference import run_reference
 from vllm_dualpath.bench.comparison.session import Session
 from vllm_dualpath.bench.comparison.settings import CompareMode, ComparisonPlan, Say, Topology
+from vllm_dualpath.bench.testbed import lifecycle
+from vllm_dualpath.bench.testbed.commands import check_requirements
 from vllm_dualpath.bench.tiny_model import write_tiny_model
 from vllm_dualpath.errors import LaunchError, RequestError
 
+_TESTBED = "bench"
 Around = Callable[[], AbstractContextManager[object]]
+
+
+def check_ready(plan: ComparisonPlan) -> None:
+    """Raise ``ConfigError`` for a topology that cannot be built, missing programs, or a testbed
+    that is left of an earlier run.
+    """
+    check_requirements()
+    for topology in plan.topologies:
+        plan.testbed(topology, _TESTBED)
+    lifecycle.check_free(_TESTBED)
 
 
 def compare(
@@ -33,6 +46,7 @@ def compare(
 
     Raises ``ConfigError`` before anything is started, ``LaunchError`` for what does not work.
     """
+    check_ready(plan)
     with tempfile.TemporaryDirectory(prefix="vllm-dualpath-model-") as name:
         model = Path(name)
         write_tiny_model(plan.model, model)
@@ -57,7 +71,8 @@ def compare_on(
     baseline_dir: Path = DEFAULT_BASELINE_DIR,
 ) -> TopologyResult:
     """All modes on one topology, interleaved. A baseline that does not run is a failure told."""
-    with Session(plan, topology, model, log_dir, say, baseline_dir=baseline_dir) as session:
+    spec = plan.testbed(topology, _TESTBED)
+    with Session(plan, topology, spec, model, log_dir, say, baseline_dir=baseline_dir) as session:
         runs: list[Run] = []
         failures: list[str] = []
         for repeat in range(plan.repeats):
@@ -96,7 +111,8 @@ def search_rates(
     with tempfile.TemporaryDirectory(prefix="vllm-dualpath-model-") as name:
         write_tiny_model(plan.model, Path(name))
         for topology in plan.topologies:
-            with Session(plan, topology, Path(name), log_dir, say) as session:
+            spec = plan.testbed(topology, _TESTBED)
+            with Session(plan, topology, spec, Path(name), log_dir, say) as session:
                 modes = tuple(order(plan.modes, 0))
                 details[str(topology)] = search(session, plan, modes, rates, limits, say)
     highest = {

@@ -57,20 +57,14 @@ class Session:
         self,
         plan: ComparisonPlan,
         topology: Topology,
+        spec: TestbedSpec,
         model: Path,
         log_dir: Path,
         say: Say,
-        testbed: str = "bench",
         baseline_dir: Path = DEFAULT_BASELINE_DIR,
     ) -> None:
         self.topology = topology
-        self.spec = TestbedSpec(
-            testbed,
-            topology.num_prefill,
-            topology.num_decode,
-            plan.storage_rate,
-            plan.compute_rate,
-        )
+        self.spec = spec
         self.recompute_ttft_s: list[float] = []
         """Of a context that nobody has seen, on the idle cluster, NICs shaped."""
         self.unshaped_read_bytes_per_s = 0.0
@@ -78,7 +72,7 @@ class Session:
         self._plan = plan
         self._say = say
         self._stack = ExitStack()
-        self._stored = StoredBlocks(mount_point(testbed, "prefill-0"))
+        self._stored = StoredBlocks(mount_point(spec.name, "prefill-0"))
         self._model = model
         self._log_dir = log_dir
         self._baselines = BaselineRuns(plan, self.spec, model, log_dir, baseline_dir, say)

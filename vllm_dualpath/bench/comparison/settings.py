@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from vllm_dualpath.bench.replay import ReplayPlan, TokenRange
+from vllm_dualpath.bench.testbed.layout import TestbedSpec
 from vllm_dualpath.bench.tiny_model import TinyModel
 from vllm_dualpath.errors import ConfigError
 
@@ -105,16 +107,25 @@ class ComparisonPlan:
             problems.append(
                 f"context: expected a multiple of {BLOCK_TOKENS} tokens, found {self.context}"
             )
-        if min(self.repeats, self.agents, self.turns) < 1 or self.turns < 2:
-            problems.append("repeats and agents: at least 1; turns: at least 2")
-        if self.pool_share <= 0:
+        least = {"repeats": 1, "agents": 1, "turns": 2, "generate": 1, "num_alone": 0}
+        for name, number in least.items():
+            if (found := getattr(self, name)) < number:
+                problems.append(f"{name}: expected at least {number}, found {found}")
+        if not 0 < self.pool_share < math.inf:
             problems.append(f"pool_share: expected more than 0, found {self.pool_share}")
+        if len(set(self.topologies)) < len(self.topologies):
+            problems.append("topologies: expected each once")
         if self.longest > self.model.max_len:
             problems.append(
                 f"a conversation of {self.longest} tokens; the model takes {self.model.max_len}"
             )
         if problems:
             raise ConfigError("bench cluster: " + "; ".join(problems))
+
+    def testbed(self, topology: Topology, name: str) -> TestbedSpec:
+        """What to build for a topology. Raises ``ConfigError``."""
+        rates = (self.storage_rate, self.compute_rate)
+        return TestbedSpec(name, topology.num_prefill, topology.num_decode, *rates)
 
     @property
     def longest(self) -> int:

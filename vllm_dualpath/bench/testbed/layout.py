@@ -33,6 +33,7 @@ _SUBNETS: dict[Network, str] = {"storage": "198.18.1", "compute": "198.18.2", "m
 _FIRST_NODE_ADDRESS = 10
 _NAME = re.compile(r"[a-z0-9]{1,24}")
 _RATE = re.compile(r"(\d+(?:\.\d+)?)(k|m|g)bit")
+_LEAST_RATE, _MOST_RATE = 10**6, 10**12
 _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9}
 
 
@@ -44,9 +45,10 @@ def parse_rate(text: str, flag: str) -> int | None:
     if text == "unlimited":
         return None
     match = _RATE.fullmatch(text)
-    if match is None or (rate := int(float(match[1]) * _UNITS[match[2]])) < 10**6:
+    rate = 0 if match is None else int(float(match[1]) * _UNITS[match[2]])
+    if not _LEAST_RATE <= rate <= _MOST_RATE:
         raise ConfigError(
-            f"{flag}: expected a rate of at least 1mbit such as 400mbit or 10gbit, or unlimited;"
+            f"{flag}: expected a rate of 1mbit to 1000gbit such as 400mbit, or unlimited;"
             f" found {text!r}"
         )
     return rate

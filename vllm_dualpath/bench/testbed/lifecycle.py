@@ -5,13 +5,20 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 from vllm_dualpath.bench.testbed import network
 from vllm_dualpath.bench.testbed.commands import check_requirements, run
 from vllm_dualpath.bench.testbed.gluster import Volume
-from vllm_dualpath.bench.testbed.layout import STATE_ROOT, TestbedSpec, check_name, directory
+from vllm_dualpath.bench.testbed.layout import (
+    STATE_ROOT,
+    TestbedSpec,
+    check_name,
+    directory,
+    mount_point,
+)
 from vllm_dualpath.bench.testbed.places import keys_path, store_path
 from vllm_dualpath.bench.testbed.state import write_spec
 from vllm_dualpath.control.curve import create_keys
@@ -20,7 +27,9 @@ from vllm_dualpath.errors import ConfigError, LaunchError
 _GRACE_S = 5.0
 _KILL_S = 10.0
 _POLL_S = 0.05
-_STORAGE_PROGRAMS = ("glusterd", "glusterfsd", "glusterfs")
+_STAT_S = 5.0
+_SERVERS = ("glusterd", "glusterfsd")
+_STORAGE_PROGRAMS = (*_SERVERS, "glusterfs")
 _MODE = 0o700
 
 
@@ -30,13 +39,13 @@ def up(spec: TestbedSpec) -> None:
     Raises ``ConfigError`` for missing requirements or a name that is taken, ``LaunchError``.
     """
     check_requirements()
-    if network.namespaces(spec.name) or directory(spec.name).exists():
-        raise ConfigError(
-            f"testbed {spec.name}: there is one, or what is left of one:"
-            f" vllm-dualpath testbed down --name {spec.name}"
-        )
+    check_free(spec.name)
+    STATE_ROOT.mkdir(mode=_MODE, parents=True, exist_ok=True)
     try:
-        directory(spec.name).mkdir(mode=_MODE, parents=True)
+        directory(spec.name).mkdir(mode=_MODE)
+    except FileExistsError:
+        raise _taken(spec.name) from None  # by another `up`, this moment
+    try:
         network.build(spec)
         volume = Volume(spec)
         volume.start()
@@ -50,20 +59,66 @@ def up(spec: TestbedSpec) -> None:
         raise
 
 
+def check_free(name: str) -> None:
+    """Raise ``ConfigError`` if there is a testbed of this name, or a part of one."""
+    if network.namespaces(name) or directory(name).exists():
+        raise _taken(name)
+
+
+def _taken(name: str) -> ConfigError:
+    return ConfigError(
+        f"testbed {name}: there is one, or what is left of one:"
+        f" vllm-dualpath testbed down --name {name}"
+    )
+
+
+def problems(spec: TestbedSpec) -> list[str]:
+    """What is missing or does not answer, a phrase each; empty of a whole testbed."""
+    found = []
+    spaces = network.namespaces(spec.name)
+    wanted = [node.namespace for node in spec.nodes()]
+    found += [f"no namespace {space}" for space in wanted if space not in spaces]
+    if spec.storage.namespace in spaces:
+        running = {_program(pid) for pid in network.processes_in(spec.storage.namespace)}
+        found += [f"no {program} runs" for program in _SERVERS if program not in running]
+    mounted = mounts(spec.name)
+    for node in spec.engine_nodes():
+        path = mount_point(spec.name, node.name)
+        if path not in mounted:
+            found.append(f"{node.name}: the store is not mounted")
+        elif not _answers(path):
+            found.append(f"{node.name}: the store does not answer within {_STAT_S:g} s")
+    return found
+
+
+def _answers(path: Path) -> bool:
+    stat = subprocess.Popen(
+        ["stat", "-f", path],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        return stat.wait(_STAT_S) == 0
+    except subprocess.TimeoutExpired:
+        stat.kill()  # not waited for: a mount that hangs does not let it end
+        return False
+
+
 def down(name: str) -> list[str]:
     """Remove all of a testbed, also what a crash left of one; a line for each thing removed.
 
     Nothing here relies on what was written down: namespaces and mounts are found by name,
-    processes by the namespace they run in. May be repeated. Raises ``LaunchError`` for what cannot
-    be removed.
+    processes by the namespace they run in, GlusterFS's also by their files. May be repeated.
+    Raises ``LaunchError`` for what cannot be removed.
     """
     check_name(name)
     check_requirements()
     removed = []
     spaces = network.namespaces(name)
-    removed += _end_processes(spaces, storage=False)
+    removed += _end_processes(name, spaces, storage=False)
     removed += _unmount(name)
-    removed += _end_processes(spaces, storage=True)
+    removed += _end_processes(name, spaces, storage=True)
     network.delete(name)
     removed += [f"namespace {space}" for space in spaces]
     if directory(name).exists():
@@ -89,12 +144,12 @@ def mounts(name: str) -> list[Path]:
     return [Path(point) for line in lines if (point := line.split()[1]).startswith(below)]
 
 
-def _end_processes(spaces: list[str], *, storage: bool) -> list[str]:
+def _end_processes(name: str, spaces: list[str], *, storage: bool) -> list[str]:
     """Terminate, and kill after a while: engines and others first, the storage's own last."""
     removed: list[str] = []
     signum = signal.SIGTERM
     start_s = time.monotonic()
-    while pids := _pids(spaces, storage=storage):
+    while pids := _pids(name, spaces, storage=storage):
         waited_s = time.monotonic() - start_s
         if waited_s > _GRACE_S + _KILL_S:
             raise LaunchError(f"processes {pids} do not end, though killed")
@@ -106,9 +161,28 @@ def _end_processes(spaces: list[str], *, storage: bool) -> list[str]:
     return removed
 
 
-def _pids(spaces: list[str], *, storage: bool) -> list[int]:
+def _pids(name: str, spaces: list[str], *, storage: bool) -> list[int]:
     found = {pid for space in spaces for pid in network.processes_in(space)} - {os.getpid()}
+    if storage:
+        found |= _storage_of(name)
     return sorted(pid for pid in found if _is_alive(pid) and (storage or not _is_storage(pid)))
+
+
+def _storage_of(name: str) -> set[int]:
+    """GlusterFS's processes that use the testbed's directory: their namespace may have been deleted
+    under them.
+    """
+    below = f"{directory(name)}/".encode()
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and _is_storage(int(entry.name)):
+            try:
+                ours = (entry / "root").stat().st_ino == Path("/").stat().st_ino
+                if ours and below in (entry / "cmdline").read_bytes():
+                    found.add(int(entry.name))
+            except OSError:
+                continue  # it has ended meanwhile
+    return found
 
 
 def _is_alive(pid: int) -> bool:
@@ -119,10 +193,14 @@ def _is_alive(pid: int) -> bool:
 
 
 def _is_storage(pid: int) -> bool:
+    return _program(pid) in _STORAGE_PROGRAMS
+
+
+def _program(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/comm").read_text("utf-8").strip() in _STORAGE_PROGRAMS
+        return Path(f"/proc/{pid}/comm").read_text("utf-8").strip()
     except OSError:
-        return False
+        return ""
 
 
 def _signal(pids: list[int], signum: signal.Signals) -> None:
