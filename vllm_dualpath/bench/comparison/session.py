@@ -122,9 +122,14 @@ class Session:
         network.shape(self.spec)
 
     def _store_contexts(self) -> None:
-        """Compute each context once, alone; wait until all of them are stored."""
-        asyncio.run(compute_contexts(self._cluster.url, str(self._model), self._plan.contexts()))
-        self._stored.wait_for(self._plan.context_blocks, _STORED_S)
+        """Compute each context once, alone, and wait until it is stored: a mover that has half of
+        its slots waiting for the store leaves blocks out.
+        """
+        contexts = self._plan.contexts()
+        for num_before, context in enumerate(contexts):
+            asyncio.run(compute_contexts(self._cluster.url, str(self._model), [context]))
+            num_blocks = self._plan.context_blocks * (num_before + 1) // len(contexts)
+            self._stored.wait_for(num_blocks, _STORED_S)
         self._wait_quiet()
         self._stored.keep()
 
