@@ -47,7 +47,7 @@ struct Parameters {
     bool read_past_cache = false;  // do not read blocks that the prefill engine holds itself
     // Balanced, with read_past_cache: what it is worth not to read a token, in tokens to compute.
     double cached_token_work = 0.05;
-    bool recompute = false;        // do not read what can be computed earlier than it can be read
+    bool recompute = false;  // do not read what can be computed earlier than it can be read
     // Seconds that each second of extra computing must save: it is taken from other requests.
     double recompute_price = 1.0;
 };

@@ -37,7 +37,6 @@ std::uint32_t least(const ClusterView& view, const Able& able, const KeyOf& key_
     return best;
 }
 
-
 // Most cached blocks first, as a key of `least`.
 std::int64_t not_cached(const Request& request, std::uint32_t engine) {
     return -static_cast<std::int64_t>(request.cached_blocks(engine));
@@ -132,8 +131,8 @@ std::uint32_t Placer::choose_prefill(const ClusterView& view, const Request& req
     return least(view, is_near, [&](std::uint32_t e) {
         const EngineState& engine = view.engines[e];
         return std::tuple(not_cached(request, e), prefill_requests_[engine.group],
-                          view.read_level_s(engine.node, parameters_.evenness),
-                          engine.num_requests, engine.num_tokens);
+                          view.read_level_s(engine.node, parameters_.evenness), engine.num_requests,
+                          engine.num_tokens);
     });
 }
 

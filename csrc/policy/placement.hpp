@@ -44,7 +44,7 @@ class Placer {
     double level(const Group& group, const Request& request) const;
 
     Parameters parameters_;
-    std::vector<Group> groups_;  // of decode engines
+    std::vector<Group> groups_;                   // of decode engines
     std::vector<std::int64_t> prefill_requests_;  // by group
 };
 

@@ -22,7 +22,7 @@ struct TurnTimes {
 struct Counts {
     std::uint64_t turns = 0;
     std::uint64_t evicted_turns = 0;   // repeated: a prefill engine held less when hits were staged
-    std::uint64_t repeated_turns = 0;    // a node died
+    std::uint64_t repeated_turns = 0;  // a node died
     std::uint64_t impossible_turns = 0;  // no engine could ever take them: the agent ends there
     std::uint64_t finished_agents = 0;
     std::uint64_t read_tokens = 0;

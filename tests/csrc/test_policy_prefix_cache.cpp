@@ -36,9 +36,9 @@ class Cache {
     void take(std::uint64_t prompt, std::int64_t num_held, std::int64_t num_tokens) {
         std::vector<Block>& blocks = used_[prompt];
         if (holds(prompt, num_held)) {
-            const auto first_kept = std::stable_partition(
-                free_.begin(), free_.end(),
-                [&](const Block& block) { return block.prompt != prompt; });
+            const auto first_kept =
+                std::stable_partition(free_.begin(), free_.end(),
+                                      [&](const Block& block) { return block.prompt != prompt; });
             blocks.assign(first_kept, free_.end());
             free_.erase(first_kept, free_.end());
             std::sort(blocks.begin(), blocks.end(), [](const Block& left, const Block& right) {
@@ -190,15 +190,14 @@ TEST(policy_prefix_cache_of_two_that_go_on_from_one) {
 TEST(policy_prefix_cache_believes_in_less_after_a_miss) {
     PrefixCacheModel model(kRoom);
     for (const PrefixCacheModel::Key key : {1, 2}) visit(model, key, 30);
-    for (const PrefixCacheModel::Key key : {3, 4, 5})
-        model.begin(key, 31, key == 4 ? 2 : 1, 30);
+    for (const PrefixCacheModel::Key key : {3, 4, 5}) model.begin(key, 31, key == 4 ? 2 : 1, 30);
     CHECK(model.arrive(3) && model.arrive(4));
     model.missed(3);
     model.missed(4);  // of the same cause
     CHECK(!model.arrive(5));
     model.end(5, false);
     for (const PrefixCacheModel::Key key : {3, 4}) model.end(key, true);
-    CHECK(model.holds(1, 30, 0) && model.holds(4, 31, 31));  // 1 again, as a part of 3
+    CHECK(model.holds(1, 30, 0) && model.holds(4, 31, 31));     // 1 again, as a part of 3
     CHECK(model.holds(4, 31, 69) && !model.holds(4, 31, 101));  // 50, and grown again
 }
 
@@ -213,6 +212,7 @@ TEST(policy_prefix_cache_promises_nothing_that_its_prompt_would_push_out) {
 TEST(policy_prefix_cache_of_one_that_goes_on_for_ever) {
     PrefixCacheModel model(kRoom);
     visit(model, 1, 20);
-    for (PrefixCacheModel::Key key = 2; key < 1000; ++key) CHECK(visit(model, key, 20, key - 1, 20));
+    for (PrefixCacheModel::Key key = 2; key < 1000; ++key)
+        CHECK(visit(model, key, 20, key - 1, 20));
     CHECK(model.holds(999, 20, 0) && model.holds(950, 20, 0) && !model.holds(1, 20, 0));
 }
