@@ -167,6 +167,7 @@ void bind_prefix_cache(py::module_& module) {
     using Model = PrefixCacheModel;
     py::class_<Model>(module, "PrefixCacheModel")
         .def(py::init<std::int64_t>(), py::arg("room_tokens"))
+        .def_static("room_of", &Model::room_of, py::arg("cache_tokens"))
         .def("holds", &Model::holds, py::arg("earlier"), py::arg("shared_tokens"),
              py::arg("num_tokens"))
         .def("begin", &Model::begin, py::arg("key"), py::arg("num_tokens"),

@@ -17,7 +17,12 @@ class PrefixCacheModel {
     using Key = std::uint64_t;  // of one stay of a prompt in the engine, never used again
     static constexpr Key kNothing = 0;
 
-    // `room_tokens`: what the engine's KV cache takes.
+    // Of what an engine's KV cache takes, what may be counted on. The rest is for what nobody
+    // tells: prompts that end in one step are freed in an order of their own.
+    static std::int64_t room_of(std::int64_t cache_tokens) {
+        return static_cast<std::int64_t>(0.9 * static_cast<double>(cache_tokens));
+    }
+
     explicit PrefixCacheModel(std::int64_t room_tokens)
         : full_room_tokens_(room_tokens), room_tokens_(room_tokens) {}
 

@@ -15,9 +15,9 @@ Dispatcher::Dispatcher(const Settings& settings)
     add_engines(settings, policy::Role::kPrefill);
     add_engines(settings, policy::Role::kDecode);
     policy::check(view_);
-    const double room = kCacheShare * static_cast<double>(settings.prefill.cache_tokens);
-    prefix_caches_.assign(num_prefill_engines_,
-                          policy::PrefixCacheModel(static_cast<std::int64_t>(room)));
+    using policy::PrefixCacheModel;
+    const std::int64_t room = PrefixCacheModel::room_of(settings.prefill.cache_tokens);
+    prefix_caches_.assign(num_prefill_engines_, PrefixCacheModel(room));
 }
 
 void Dispatcher::add_engines(const Settings& settings, policy::Role role) {

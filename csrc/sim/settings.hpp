@@ -52,9 +52,6 @@ struct Switches {
     bool persist = true;
 };
 
-// Of a prefill engine's KV room, what the router's model of its prefix cache counts on.
-constexpr double kCacheShare = 0.9;
-
 enum class FaultKind : std::uint8_t { kNodeDies, kStorageSlows };
 
 struct Fault {

@@ -23,9 +23,6 @@ from vllm_dualpath.policy import (
     Role,
 )
 
-_CACHE_SHARE = 0.9
-"""Of its KV cache, what a model of the prefix cache counts on: the rest is for what is not told."""
-
 
 def check_url(url: str) -> None:
     """Raise ``ValueError`` unless requests can be sent to ``url``."""
@@ -81,7 +78,7 @@ class Engine:
     def __post_init__(self) -> None:
         hello = self.hello
         if hello.role == "prefill" and hello.prefix_caching and hello.kv_tokens:
-            self.prefix_cache = PrefixCacheModel(int(hello.kv_tokens * _CACHE_SHARE))
+            self.prefix_cache = PrefixCacheModel(PrefixCacheModel.room_of(hello.kv_tokens))
 
     @property
     def engine_id(self) -> str:
