@@ -80,6 +80,20 @@ def test_local_prefix_cache_and_hit(engine, is_async, num_known):
     e.check_ended()
 
 
+def run_past_cache(e, num_known: int):
+    """A prompt whose plan leaves two of four hit blocks to the cache, which has some tokens."""
+    if num_known:
+        e.add("warm", [*PROMPT[:num_known], 80], 1)
+        e.run()
+    params = publish_past_cache(e, 2, 4)
+    e.add("r", PROMPT, 1, params)
+    e.run()
+    e.check_output("r", 1)
+    assert e.mover.saved_pages(key_of(params)) == {**pages(0, 4), **pages(8, 11)}
+    e.check_staged(PROMPT, SLOTS, 0)
+    return key_of(params)
+
+
 @pytest.mark.parametrize("num_known", [16, 28, 40], ids=["exactly", "more", "past-the-hit"])
 @pytest.mark.parametrize("step_tokens", [512, 9], ids=["whole", "chunked"])
 def test_what_the_plan_left_to_the_cache_is_saved_from_there(
@@ -87,14 +101,7 @@ def test_what_the_plan_left_to_the_cache_is_saved_from_there(
 ):
     """Blocks that nobody read go out of the prefix cache, those that were read do not."""
     e = engine("prefill", is_async=is_async, max_num_batched_tokens=step_tokens)
-    e.add("warm", [*PROMPT[:num_known], 80], 1)
-    e.run()
-    params = publish_past_cache(e, 2, 4)
-    e.add("r", PROMPT, 1, params)
-    e.run()
-    e.check_output("r", 1)
-    assert e.mover.saved_pages(key_of(params)) == {**pages(0, 4), **pages(8, 11)}
-    e.check_staged(PROMPT, SLOTS, 0)
+    run_past_cache(e, num_known)
     assert not e.mover.of(NotCached)
     e.check_ended()
 
@@ -106,16 +113,8 @@ def test_what_the_cache_holds_no_more_is_computed(engine, is_async, num_known, s
     that the decode side misses are saved once, and the mover hears of it once.
     """
     e = engine("prefill", is_async=is_async, max_num_batched_tokens=step_tokens)
-    if num_known:
-        e.add("warm", [*PROMPT[:num_known], 80], 1)
-        e.run()
-    params = publish_past_cache(e, 2, 4)
-    e.add("r", PROMPT, 1, params)
-    e.run()
-    e.check_output("r", 1)
-    assert e.mover.saved_pages(key_of(params)) == {**pages(0, 4), **pages(8, 11)}
-    e.check_staged(PROMPT, SLOTS, 0)
-    assert [each.key for each in e.mover.wait_for(NotCached)] == [key_of(params)]
+    key = run_past_cache(e, num_known)
+    assert [each.key for each in e.mover.wait_for(NotCached)] == [key]
     e.check_ended()
 
 

@@ -160,22 +160,27 @@ class TransferBook:
         transfer = self._parts.get(saved.key)
         if isinstance(transfer, PrefillTransfer):
             transfer.on_saved(saved)
-        elif saved.key not in self._tombstones:
-            raise ProtocolError(f"saved pages of unknown transfer {saved.key}")
+        else:
+            self._check_over(saved.key, "saved pages")
 
     def not_cached(self, key: TransferKey) -> None:
         transfer = self._parts.get(key)
         if isinstance(transfer, PrefillTransfer):
             transfer.on_not_cached()
-        elif key not in self._tombstones:
-            raise ProtocolError(f"cached blocks of unknown transfer {key}")
+        else:
+            self._check_over(key, "cached blocks")
 
     def release(self, key: TransferKey) -> None:
         transfer = self._parts.get(key)
         if isinstance(transfer, Transfer):
             transfer.on_release()
-        elif key not in self._tombstones:
-            raise ProtocolError(f"release of unknown transfer {key}")
+        else:
+            self._check_over(key, "release")
+
+    def _check_over(self, key: TransferKey, what: str) -> None:
+        """What the engine says too late is nothing; of what never was it must not speak."""
+        if key not in self._tombstones:
+            raise ProtocolError(f"{what} of unknown transfer {key}")
 
     # --- peers -----------------------------------------------------------------------------------
 

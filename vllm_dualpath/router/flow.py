@@ -85,16 +85,14 @@ class Flow:
         reason = alone_reason(body)
         if reason:
             return await self._alone(reason)
-        if self._is_short():
-            return await self._alone("a short prompt", short_tokens=self._num_tokens_about())
+        num_tokens = self._num_tokens_about()
+        if num_tokens <= self._core.config.short_prompt_tokens:
+            # A decode engine computes it sooner than it would get it.
+            return await self._alone("a short prompt", short_tokens=num_tokens)
         ids = await self._token_ids(body)
         if ids is None:
             return await self._alone("no prefill engine, another model, or no token ids")
         return await self._with_transfer(body, ids)
-
-    def _is_short(self) -> bool:
-        """Whether a decode engine computes the prompt sooner than it would get it."""
-        return self._num_tokens_about() <= self._core.config.short_prompt_tokens
 
     def _num_tokens_about(self) -> int:
         """No less than the prompt has, mostly. An engine would know, but takes longer to ask."""

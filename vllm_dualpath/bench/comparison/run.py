@@ -44,9 +44,9 @@ def compare(
 ) -> Comparison:
     """Run all of ``plan``. ``around_run`` is entered around every measured run.
 
-    Raises ``ConfigError`` before anything is started, ``LaunchError`` for what does not work.
+    Raises ``ConfigError`` for what ``check_ready`` would have found, ``LaunchError`` for what does
+    not work.
     """
-    check_ready(plan)
     with tempfile.TemporaryDirectory(prefix="vllm-dualpath-model-") as name:
         model = Path(name)
         write_tiny_model(plan.model, model)

@@ -172,17 +172,13 @@ def _storage_of(name: str) -> set[int]:
     """GlusterFS's processes that use the testbed's directory: their namespace may have been deleted
     under them.
     """
-    below = f"{directory(name)}/".encode()
-    found = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and _is_storage(int(entry.name)):
-            try:
-                ours = (entry / "root").stat().st_ino == Path("/").stat().st_ino
-                if ours and below in (entry / "cmdline").read_bytes():
-                    found.add(int(entry.name))
-            except OSError:
-                continue  # it has ended meanwhile
-    return found
+    below, root = f"{directory(name)}/".encode(), Path("/").stat().st_ino
+
+    def uses_it(process: Path) -> bool:
+        ours = (process / "root").stat().st_ino == root
+        return ours and below in (process / "cmdline").read_bytes()
+
+    return {pid for pid in network.processes(uses_it) if _is_storage(pid)}
 
 
 def _is_alive(pid: int) -> bool:

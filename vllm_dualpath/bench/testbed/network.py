@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from vllm_dualpath.bench.testbed.commands import run
@@ -90,16 +92,23 @@ def namespaces(testbed: str) -> list[str]:
 def processes_in(namespace: str) -> list[int]:
     """Ids of the processes that run in a namespace: proof enough that they are the testbed's."""
     wanted = (NETNS_ROOT / namespace).stat()
+
+    def runs_there(process: Path) -> bool:
+        own = (process / "ns" / "net").stat()
+        return (own.st_dev, own.st_ino) == (wanted.st_dev, wanted.st_ino)
+
+    return processes(runs_there)
+
+
+def processes(wanted: Callable[[Path], bool]) -> list[int]:
+    """Ids of the processes whose directory in ``/proc`` is ``wanted``; not those that end while it
+    looks.
+    """
     found = []
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            own = (entry / "ns" / "net").stat()
-        except OSError:
-            continue  # it has ended meanwhile
-        if (own.st_dev, own.st_ino) == (wanted.st_dev, wanted.st_ino):
-            found.append(int(entry.name))
+        if entry.name.isdigit():
+            with suppress(OSError):
+                found += [int(entry.name)] if wanted(entry) else []
     return sorted(found)
 
 
