@@ -380,6 +380,7 @@ class PolicyParameters:
     min_segment_blocks: int
     max_readers: int
     evenness: float
+    evenness_wait: float
     split_fraction: float
     near_tie: float
     prompt_token_work: float
@@ -403,3 +404,14 @@ class PolicyCore:
         turn: int = 0,
         cached: Sequence[tuple[int, int]] = (),
     ) -> tuple[int, int, int, int, int, tuple[tuple[int, int, int], ...], float]: ...
+    @property
+    def divides_late(self) -> bool: ...
+    def divide(
+        self,
+        view: ClusterView,
+        prefill: int,
+        decode: int,
+        first_block: int,
+        last_block: int,
+        block_tokens: int,
+    ) -> tuple[tuple[int, int, int], ...]: ...

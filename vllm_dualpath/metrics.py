@@ -45,7 +45,8 @@ ROUTER_ATTEMPTS_FAILED = Metric(
 ROUTER_PLANNED_TOKENS = Metric(
     "dualpath_router_planned_tokens",
     "counter",
-    "Hit tokens that plans gave to the prefill side, the decode side, donors, or nobody (cache).",
+    "Hit tokens that plans gave to the prefill side, the decode side, donors, or nobody (cache), "
+    "counted when both sides have slots.",
     ("reader_role",),
 )
 ROUTER_DECISION_SECONDS = Metric(
@@ -72,7 +73,8 @@ STORAGE_NIC_RATE = Metric(
 STORAGE_NIC_QUEUE_TOKENS = Metric(
     "dualpath_storage_nic_queue_tokens",
     "gauge",
-    "Tokens planned to be read by an engine's storage NIC and not yet staged.",
+    "Tokens planned to be read by an engine's storage NIC and not yet staged; in `split` those "
+    "that have slots.",
     ("engine",),
 )
 ROUTER_REJECTED_MESSAGES = Metric(

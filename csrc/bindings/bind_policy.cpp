@@ -154,6 +154,7 @@ void bind_parameters(py::module_& module) {
         .def_readwrite("min_segment_blocks", &Parameters::min_segment_blocks)
         .def_readwrite("max_readers", &Parameters::max_readers)
         .def_readwrite("evenness", &Parameters::evenness)
+        .def_readwrite("evenness_wait", &Parameters::evenness_wait)
         .def_readwrite("split_fraction", &Parameters::split_fraction)
         .def_readwrite("near_tie", &Parameters::near_tie)
         .def_readwrite("prompt_token_work", &Parameters::prompt_token_work)
@@ -186,6 +187,26 @@ py::tuple to_tuples(std::span<const ReadSegment> segments) {
             py::make_tuple(segments[i].engine, segments[i].first_block, segments[i].last_block);
     }
     return tuples;
+}
+
+// The segments of blocks [first_block, last_block) of a request that has its engines.
+py::tuple divide(Policy& policy, const ClusterView& view, std::uint32_t prefill,
+                 std::uint32_t decode, std::uint32_t first_block, std::uint32_t last_block,
+                 std::uint32_t block_tokens) {
+    if (prefill >= view.engines.size() || decode >= view.engines.size())
+        throw py::index_error("an engine that the view does not have");
+    if (first_block > last_block || block_tokens == 0)
+        throw std::invalid_argument("blocks to read: expected first <= last and block_tokens > 0");
+    Request request;
+    request.num_hit_blocks = last_block;
+    request.block_tokens = block_tokens;
+    Decision decision;
+    decision.verdict = Verdict::kPlaced;
+    decision.prefill = prefill;
+    decision.decode = decode;
+    decision.num_cached_blocks = first_block;
+    policy.divide(view, request, decision);
+    return to_tuples(decision.segments());
 }
 
 // (verdict, prefill, decode, cached blocks, recomputed blocks, segments, seconds)
@@ -227,7 +248,10 @@ void bind_policy(py::module_& module) {
              py::arg("block_tokens"), py::arg("reserve_tokens") = 0,
              py::arg("line").none(true) = nullptr, py::arg("ignore_load") = false,
              py::arg("turn") = 0,
-             py::arg("cached") = std::vector<std::pair<std::uint32_t, std::uint32_t>>{});
+             py::arg("cached") = std::vector<std::pair<std::uint32_t, std::uint32_t>>{})
+        .def("divide", &divide, py::arg("view"), py::arg("prefill"), py::arg("decode"),
+             py::arg("first_block"), py::arg("last_block"), py::arg("block_tokens"))
+        .def_property_readonly("divides_late", &Policy::divides_late);
     module.attr("NO_LIMIT") = kNoLimit;
 }
 

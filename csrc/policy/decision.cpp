@@ -30,6 +30,13 @@ void charge_cached(ClusterView& view, const Decision& decision, std::int64_t num
     charge_pushes(view, decision, view.engines[decision.prefill].node, num_tokens);
 }
 
+void charge_reads(ClusterView& view, std::uint32_t block_tokens, const Decision& decision) {
+    for (const ReadSegment& segment : decision.segments()) {
+        charge_read(view, decision, segment,
+                    static_cast<std::int64_t>(segment.num_blocks()) * block_tokens);
+    }
+}
+
 void charge(ClusterView& view, const Request& request, const Decision& decision) {
     EngineState& prefill = view.engines[decision.prefill];
     EngineState& decode = view.engines[decision.decode];
@@ -41,10 +48,6 @@ void charge(ClusterView& view, const Request& request, const Decision& decision)
     take(decode.free_kv_tokens, request.room_tokens());
     const std::int64_t known_blocks = request.num_hit_blocks - decision.num_recompute_blocks;
     prefill.num_compute_tokens += request.num_tokens - known_blocks * request.block_tokens;
-    for (const ReadSegment& segment : decision.segments()) {
-        charge_read(view, decision, segment,
-                    static_cast<std::int64_t>(segment.num_blocks()) * request.block_tokens);
-    }
     charge_cached(view, decision,
                   static_cast<std::int64_t>(decision.num_cached_blocks) * request.block_tokens);
 }

@@ -74,6 +74,10 @@ struct Decision {
     bool placed() const { return verdict == Verdict::kPlaced; }
     // In order; they cover [num_cached_blocks, hit blocks - num_recompute_blocks) once.
     std::span<const ReadSegment> segments() const { return {segment_array.data(), num_segments}; }
+    // A bit for each, from the lowest on.
+    std::uint16_t segment_bits() const {
+        return static_cast<std::uint16_t>((1U << num_segments) - 1);
+    }
 };
 
 // Puts `num_tokens` of a segment on the queues that they pass: its node's reads, and the pushes
@@ -84,7 +88,11 @@ void charge_read(ClusterView& view, const Decision& decision, const ReadSegment&
 // The same for tokens of the prefill engine's own cache, which go to the decode side from there.
 void charge_cached(ClusterView& view, const Decision& decision, std::int64_t num_tokens);
 
-// Puts a placed request's weight on the view: requests, tokens, room and read queues.
+// All of a placed request's reads.
+void charge_reads(ClusterView& view, std::uint32_t block_tokens, const Decision& decision);
+
+// Puts a placed request's weight on the view, but for its reads: requests, tokens, room, and what
+// its prefill engine has cached.
 void charge(ClusterView& view, const Request& request, const Decision& decision);
 
 }  // namespace dualpath::policy

@@ -49,6 +49,8 @@ void check(const Parameters& parameters) {
             parameters.split_fraction);
     require(std::isfinite(parameters.evenness) && parameters.evenness >= 0, "evenness", "0 or more",
             parameters.evenness);
+    require(std::isfinite(parameters.evenness_wait) && parameters.evenness_wait >= 0,
+            "evenness_wait", "0 or more", parameters.evenness_wait);
     require(parameters.near_tie >= 0 && parameters.near_tie <= 1, "near_tie", "0 to 1",
             parameters.near_tie);
     require(parameters.prompt_token_work >= 0 && parameters.prompt_token_work <= 1,

@@ -38,6 +38,9 @@ struct Parameters {
     std::uint32_t max_readers = 4;         // of pool; 1 to kMaxReaders
     // split: so much of what a NIC read lately counts as if it were still to be read.
     double evenness = 1.0;
+    // And for that a read may end later than one side alone would end it: by so many times the wait
+    // that both sides have in common.
+    double evenness_wait = 1.0;
     double split_fraction = -1;  // split: the prefill side's share; < 0: by queues
     double near_tie = 0.05;      // balanced: loads this close to the least count as equal
     // Balanced: what a prompt token costs a prefill engine (attention over it, copies) though it is

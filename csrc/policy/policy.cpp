@@ -31,4 +31,9 @@ Decision Policy::decide(const ClusterView& view, const Request& request) {
     return decision;
 }
 
+void Policy::divide(const ClusterView& view, const Request& request, Decision& decision) {
+    const std::uint32_t last = request.num_hit_blocks - decision.num_recompute_blocks;
+    planner_.plan(view, request, {decision.num_cached_blocks, last}, decision);
+}
+
 }  // namespace dualpath::policy

@@ -18,6 +18,13 @@ class Policy {
     // The view must have passed check(). O(engines + nodes), a few nanoseconds each.
     Decision decide(const ClusterView& view, const Request& request);
 
+    // Whether the owner of the view divides a placed request's reads when there are slots for it,
+    // and charges them then: what a busy node is planned to read says little of when it will.
+    bool divides_late() const { return parameters_.read_path == ReadPath::kSplit; }
+    // Writes segments and read_s of a placed request as they are best now. None of its reads is
+    // on the view.
+    void divide(const ClusterView& view, const Request& request, Decision& decision);
+
   private:
     Parameters parameters_;
     Placer placer_;

@@ -50,18 +50,19 @@ void add(Decision& decision, const Side& side, BlockRange blocks) {
     decision.read_s = std::max(decision.read_s, side.end_s(blocks.size()));
 }
 
-// The first side's blocks, so that both levels come out even, and yet the later end comes no later
-// than if one side read all. The more of equals.
+// The first side's blocks, so that both levels come out even, and yet the later end comes hardly
+// later than if one side read all. The more of equals.
 std::uint32_t even_share(const Side& first, const Side& second, std::uint32_t num_blocks,
-                         std::uint32_t least_blocks) {
-    const double latest_s = std::min(first.end_s(num_blocks), second.end_s(num_blocks));
+                         const Parameters& parameters) {
+    const double latest_s = std::min(first.end_s(num_blocks), second.end_s(num_blocks)) +
+                            parameters.evenness_wait * std::min(first.start_s, second.start_s);
     const double exact = (first.blocks_per_s *
                           (num_blocks + (second.level_s - first.level_s) * second.blocks_per_s)) /
                          (first.blocks_per_s + second.blocks_per_s);
     const double most = std::clamp(first.blocks_until(latest_s), 0.0, 1.0 * num_blocks);
     const double least = std::clamp(num_blocks - second.blocks_until(latest_s), 0.0, most);
     const auto below = static_cast<std::uint32_t>(std::floor(std::clamp(exact, least, most)));
-    const std::uint32_t least_first = std::min(least_blocks, num_blocks);
+    const std::uint32_t least_first = std::min(parameters.min_segment_blocks, num_blocks);
     // Larger shares stand before smaller ones near the exact one: they win ties.
     const std::array candidates{num_blocks,  std::min(below + 1, num_blocks), below,
                                 least_first, num_blocks - least_first,        0U};
@@ -115,7 +116,7 @@ void ReadPlanner::split(const ClusterView& view, const Request& request, BlockRa
         share =
             static_cast<std::uint32_t>(std::nearbyint(parameters_.split_fraction * blocks.size()));
     } else if (prefill.node != decode.node) {
-        share = even_share(prefill, decode, blocks.size(), parameters_.min_segment_blocks);
+        share = even_share(prefill, decode, blocks.size(), parameters_);
     }
     // The prefill side has the leading blocks: its own computing needs them first.
     add(decision, prefill, {blocks.first, blocks.first + share});

@@ -66,6 +66,7 @@ std::optional<Dispatcher::Answer> Dispatcher::next() {
     if (blocked_) return std::nullopt;
     if (answer.decision.placed()) {
         policy::charge(view_, answer.waiting.request, answer.decision);
+        if (!divides_late()) policy::charge_reads(view_, block_tokens_, answer.decision);
         prefix_caches_[answer.decision.prefill].begin(
             answer.waiting.stay, num_tokens, earlier.stay,
             std::int64_t{answer.decision.num_cached_blocks} * block_tokens_);
@@ -74,6 +75,11 @@ std::optional<Dispatcher::Answer> Dispatcher::next() {
     line_.pop();
     waiting_.pop_front();
     return answer;
+}
+
+void Dispatcher::divide_reads(const policy::Request& request, policy::Decision& decision) {
+    policy_.divide(view_, request, decision);
+    policy::charge_reads(view_, block_tokens_, decision);
 }
 
 void Dispatcher::end_read(const policy::Decision& decision, std::size_t segment) {

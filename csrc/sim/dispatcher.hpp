@@ -32,6 +32,11 @@ class Dispatcher {
     // The head of the line, if it is placed (and charged to the view) or can never be.
     std::optional<Answer> next();
 
+    // Whether a placed request's reads are divided, and weigh on the view, only when it gets
+    // memory.
+    bool divides_late() const { return policy_.divides_late(); }
+    void divide_reads(const policy::Request& request, policy::Decision& decision);
+
     // A placed request's hits are staged: whether its engine still holds what was not read.
     bool arrive(const policy::Decision& decision, std::uint64_t stay) {
         return prefix_caches_[decision.prefill].arrive(stay);

@@ -43,6 +43,7 @@ class Simulation {
 
     // Steps of a turn, in turns.cpp.
     void begin_turn(std::uint32_t agent);
+    policy::Request request_of(const Agent& agent) const;
     void place_waiting();
     void start(std::uint32_t agent, const policy::Decision& decision);
     void reserve_prefill(std::uint32_t agent);

@@ -16,14 +16,18 @@ void Simulation::begin_turn(std::uint32_t index) {
     agent.generated = is_first ? 1 : workload_.generated_tokens[turn];
     agent.stage = Stage::kWaiting;
     ++agent.attempt;
+    agent.stay = (std::uint64_t{index} << 32U) + agent.attempt;
+    dispatcher_.enqueue({index, agent.stay, request_of(agent), agent.earlier});
+}
+
+policy::Request Simulation::request_of(const Agent& agent) const {
     policy::Request request;
     request.num_tokens = agent.prompt;
     request.reserve_tokens = agent.room();
     request.block_tokens = settings_.block_tokens;
     if (!settings_.switches.oracle)
         request.num_hit_blocks = static_cast<std::uint32_t>(agent.stored / settings_.block_tokens);
-    agent.stay = (std::uint64_t{index} << 32U) + agent.attempt;
-    dispatcher_.enqueue({index, agent.stay, request, agent.earlier});
+    return request;
 }
 
 void Simulation::place_waiting() {
@@ -43,7 +47,7 @@ void Simulation::start(std::uint32_t index, const policy::Decision& decision) {
     agent.decision = decision;
     agent.placed_s = now();
     agent.prefill_open = true;
-    agent.unread = static_cast<std::uint16_t>((1U << decision.num_segments) - 1);
+    agent.unread = dispatcher_.divides_late() ? 0 : decision.segment_bits();
     if (settings_.switches.oracle) return prefill(index);
     agent.stage = Stage::kDecodeStaging;
     const std::int64_t amount = agent.prompt * settings_.kv_bytes_per_token;
@@ -57,6 +61,11 @@ void Simulation::start(std::uint32_t index, const policy::Decision& decision) {
 void Simulation::reserve_prefill(std::uint32_t index) {
     Agent& agent = agents_[index];
     agent.stage = Stage::kPrefillStaging;
+    // Not later: what the prefill side reads is what it takes memory for.
+    if (dispatcher_.divides_late()) {
+        dispatcher_.divide_reads(request_of(agent), agent.decision);
+        agent.unread = agent.decision.segment_bits();
+    }
     const std::int64_t tokens =
         settings_.switches.prefill_stages_all ? agent.prompt : prefill_read_tokens(agent);
     const std::int64_t amount = tokens * settings_.kv_bytes_per_token;

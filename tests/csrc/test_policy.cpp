@@ -157,10 +157,15 @@ TEST(policy_decisions_cover_the_hit_keep_limits_and_repeat) {
         policy.decide(draw_view(random), request);
         CHECK(same(decision, policy.decide(view, request)));
         if (!decision.placed()) continue;
+        Decision again = decision;
+        policy.divide(view, request, again);
+        CHECK(same(decision, again));
         ++num_placed;
         check_placed(view, parameters, request, decision);
         ClusterView after = view;
         charge(after, request, decision);
+        CHECK(total_queue(after) == total_queue(view));
+        charge_reads(after, request.block_tokens, decision);
         const std::int64_t read_blocks = static_cast<std::int64_t>(request.num_hit_blocks) -
                                          decision.num_cached_blocks - decision.num_recompute_blocks;
         CHECK(total_queue(after) == total_queue(view) + read_blocks * 64);
@@ -284,6 +289,7 @@ TEST(policy_charge_puts_a_requests_whole_weight_on_the_view) {
     decision.num_segments = 3;
     decision.segment_array = {{{0, 0, 1, 4}, {1, 1, 4, 6}, {2, 2, 6, 8}}};
     charge(view, request, decision);
+    charge_reads(view, request.block_tokens, decision);
     CHECK(view.engines[0].num_requests == 1 && view.engines[1].num_requests == 1);
     CHECK(view.engines[0].num_tokens == 700 && view.engines[1].num_tokens == 700);
     CHECK(view.engines[0].num_compute_tokens == 700 - 8 * 64);

@@ -135,6 +135,7 @@ async def test_a_donor_that_fails() -> None:
         plans = [[part.reader for part in stage.segments] for stage in harness.p.of(Stage)]
         assert plans == [["p", "d", "x"], ["p"]]
         await transferred(harness)
+        await harness.idle()
         assert len(x.of(Donate)) == 1, "it is asked for nothing for a while"
         assert [end.drain for end in x.of(End)] == [False]
         assert [end.drain for end in harness.p.of(End)] == [False, True, True]

@@ -83,11 +83,21 @@ class _Load:
             self.step()
 
     def step(self) -> float:
-        """One request is placed, one joins the line, one leaves; seconds of the decision."""
+        """One request is placed, one joins the line, one leaves; seconds of all decisions on it."""
         self._arrive()
         request = self._waiting.popleft()
         started_s = time.perf_counter()
         decision = self._policy.decide(self._view, request, self._line)
+        if self._policy.divides_late:
+            # The router does so when the request has its slots.
+            self._policy.divide(
+                self._view,
+                decision.prefill,
+                decision.decode,
+                decision.num_cached_blocks,
+                request.num_hit_blocks - decision.num_recompute_blocks,
+                request.block_tokens,
+            )
         took_s = time.perf_counter() - started_s
         assert decision.verdict is Verdict.PLACED
         self._line.pop()

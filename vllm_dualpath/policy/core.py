@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm_dualpath.errors import ConfigError
 from vllm_dualpath.native import ClusterView, PolicyCore, PolicyParameters, WaitingLine
-from vllm_dualpath.policy.base import Decision, PlanRequest, Verdict
+from vllm_dualpath.policy.base import Decision, PlanRequest, Segment, Verdict
 
 MODES = ("prefill_only", "dual", "split", "pool")
 
@@ -42,6 +42,28 @@ class Policy:
             request.cached,
         )
         return Decision(Verdict(verdict), prefill, decode, cached, recompute, segments, read_s)
+
+    @property
+    def divides_late(self) -> bool:
+        """Whether reads are divided, and weigh on the view, when a placed request has its slots:
+        what a busy node is planned to read says little of when it will.
+        """
+        return self._core.divides_late
+
+    def divide(
+        self,
+        view: ClusterView,
+        prefill: int,
+        decode: int,
+        first_block: int,
+        last_block: int,
+        block_tokens: int,
+    ) -> tuple[Segment, ...]:
+        """Who is best to read blocks ``[first_block, last_block)`` now, for a pair of ``view``.
+
+        None of these reads is on the view.
+        """
+        return self._core.divide(view, prefill, decode, first_block, last_block, block_tokens)
 
 
 def make_policy(mode: str, **parameters: Parameter) -> Policy:

@@ -69,7 +69,10 @@ class CacheStay:
 
 
 class Booking:
-    """From the decision on: the next one must see it. ``release`` takes off what is left."""
+    """From the decision on: the next one must see it. ``release`` takes off what is left.
+
+    Reads come on top with ``add_reads``.
+    """
 
     def __init__(
         self,
@@ -88,6 +91,10 @@ class Booking:
         self.stay = CacheStay(prefill, num_tokens, earlier, num_cached)
         self._engines = {each.engine_id: each for each in (prefill, decode, *donors)}
         self._reads: dict[str, int] = {}
+
+    def add_reads(self, plan: ReadPlan) -> None:
+        """The readers are to read their parts. Once."""
+        block_tokens = self.prefill.engine.hello.geometry.block_tokens
         for segment in plan.segments:
             tokens = segment.num_blocks * block_tokens
             self._reads[segment.reader] = self._reads.get(segment.reader, 0) + tokens

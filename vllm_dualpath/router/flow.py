@@ -15,11 +15,13 @@ from aiohttp import web
 from vllm_dualpath.config import RouterConfig
 from vllm_dualpath.errors import PeerLost
 from vllm_dualpath.messages import LegParams, TransferKey
+from vllm_dualpath.plan import ReadPlan
 from vllm_dualpath.router.body import Body, TokenIds
 from vllm_dualpath.router.booking import Assignment
 from vllm_dualpath.router.cluster import Cluster
 from vllm_dualpath.router.eligibility import alone_reason
 from vllm_dualpath.router.engine import Engine
+from vllm_dualpath.router.failure import EVICTED
 from vllm_dualpath.router.legs import (
     decode_leg,
     forges_params,
@@ -32,7 +34,7 @@ from vllm_dualpath.router.placing import MAX_ATTEMPTS, Placement, Placer
 from vllm_dualpath.router.relay import error_response, relay
 from vllm_dualpath.router.telemetry import Telemetry
 from vllm_dualpath.router.tokenize import ModelNames, Tokenizer
-from vllm_dualpath.router.transfer import EVICTED, Transfer
+from vllm_dualpath.router.transfer import Transfer
 from vllm_dualpath.router.upstream import JSON_HEADERS, Upstream
 from vllm_dualpath.router.usage import reported_cached_tokens
 
@@ -148,20 +150,25 @@ class Flow:
             placement.decode,
             placement.donors,
             placement.booking,
+            lambda: self._divide_reads(placement),
             self._core.movers.send,
             self._core.config.deadlines,
         )
         self._core.cluster.open(transfer)
+        return transfer
+
+    def _divide_reads(self, placement: Placement) -> ReadPlan:
+        plan = self._core.placer.divide_reads(placement)
         block_tokens = placement.decode.hello.geometry.block_tokens
         sides = {placement.prefill.engine_id: "prefill", placement.decode.engine_id: "decode"}
-        for segment in placement.plan.segments:
+        for segment in plan.segments:
             role = sides.get(segment.reader, "donor")
             planned = self._core.telemetry.planned_tokens.labels(role)
             planned.inc(segment.num_blocks * block_tokens)
-        if placement.plan.num_cached_blocks:
+        if plan.num_cached_blocks:
             planned = self._core.telemetry.planned_tokens.labels("cache")
-            planned.inc(placement.plan.num_cached_blocks * block_tokens)
-        return transfer
+            planned.inc(plan.num_cached_blocks * block_tokens)
+        return plan
 
     async def _attempt(
         self, transfer: Transfer, body: Body, ids: TokenIds

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from vllm_dualpath.blocks import chain_root, hash_prompt
 from vllm_dualpath.config import RouterConfig
 from vllm_dualpath.plan import ReadPlan, Segment
-from vllm_dualpath.policy import Decision, PlanRequest, Policy, Verdict, WaitingLine
+from vllm_dualpath.policy import PlanRequest, Policy, Verdict, WaitingLine
+from vllm_dualpath.policy import Segment as PolicySegment
 from vllm_dualpath.router.affinity import EarlierPrompt, PrefixMemory
 from vllm_dualpath.router.booking import Booking
 from vllm_dualpath.router.cluster import Cluster
 from vllm_dualpath.router.engine import Engine
+from vllm_dualpath.router.failure import EVICTED
 from vllm_dualpath.router.orders import Prompt
 from vllm_dualpath.router.roster import GroupView, PairGroup
 from vllm_dualpath.router.telemetry import Telemetry
-from vllm_dualpath.router.transfer import EVICTED, Transfer
+from vllm_dualpath.router.transfer import Transfer
 from vllm_dualpath.router.waiting import Line, NotNow
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ class Placement:
     decode: Engine
     donors: tuple[Engine, ...]
     booking: Booking
+    divides_late: bool = False
+    """Who reads is provisional, and weighs on nobody: see ``Placer.divide_reads``."""
 
 
 class Placer:
@@ -69,6 +73,24 @@ class Placer:
             if placement is not None:
                 return placement
         return None
+
+    def divide_reads(self, placement: Placement) -> ReadPlan:
+        """Who reads what, now that both sides have slots; from here on it weighs on the readers."""
+        plan = placement.plan
+        if not placement.divides_late:
+            return plan
+        for view in self._cluster.roster.views:
+            prefill = placement.prefill.index_in(view.view)
+            decode = placement.decode.index_in(view.view)
+            if prefill is None or decode is None:
+                continue
+            first, last = plan.num_cached_blocks, plan.num_hit_blocks
+            block_tokens = view.hello.geometry.block_tokens
+            parts = self._policy.divide(view.view, prefill, decode, first, last, block_tokens)
+            plan = ReadPlan(last, _segments(view, parts), first)
+            break
+        placement.booking.add_reads(plan)
+        return plan
 
     def computed(self, transfer: Transfer) -> None:
         """The prefill leg has returned: both engines have the prompt, or will have it."""
@@ -104,7 +126,9 @@ class Placer:
         plan = ReadPlan(0, ())
         if use_hits:
             plan = ReadPlan(num_hits, (Segment(_other_reader(failed), 0, num_hits),))
-        return _booked(failed.prompt, plan, failed.prefill, failed.decode)
+        booking = Booking(failed.prefill, failed.decode, (), plan, failed.prompt)
+        booking.add_reads(plan)
+        return Placement(failed.prompt, plan, failed.prefill, failed.decode, (), booking)
 
     def _elsewhere(
         self, token_ids: Sequence[int], cache_salt: str | None, num_releases: int, use_hits: bool
@@ -182,8 +206,14 @@ class Placer:
         prefill, decode = view.engines[decision.prefill], view.engines[decision.decode]
         readers = (view.engines[reader] for reader, _, _ in decision.segments)
         donors = tuple(reader for reader in readers if reader not in (prefill, decode))
-        plan = _plan_of(view, decision, num_hits)
-        return _booked(prompt, plan, prefill, decode, donors, earlier)
+        num_read_until = num_hits - decision.num_recompute_blocks
+        segments = _segments(view, decision.segments)
+        plan = ReadPlan(num_read_until, segments, decision.num_cached_blocks)
+        booking = Booking(prefill, decode, donors, plan, prompt, earlier)
+        late = self._policy.divides_late
+        if not late:
+            booking.add_reads(plan)
+        return Placement(prompt, plan, prefill, decode, donors, booking, late)
 
     def _num_hits(self, view: GroupView, prompt: Prompt, block_tokens: int) -> int:
         """Asked anew at each attempt: while a request waited, blocks came and went."""
@@ -217,25 +247,10 @@ def _cached(view: GroupView, earlier: EarlierPrompt, num_tokens: int) -> list[tu
     return [(index, earlier.num_blocks) for index in places if index is not None]
 
 
-def _plan_of(view: GroupView, decision: Decision, num_hits: int) -> ReadPlan:
-    segments = tuple(
-        Segment(view.engines[reader].engine_id, first, last)
-        for reader, first, last in decision.segments
+def _segments(view: GroupView, parts: Iterable[PolicySegment]) -> tuple[Segment, ...]:
+    return tuple(
+        Segment(view.engines[reader].engine_id, first, last) for reader, first, last in parts
     )
-    num_read_until = num_hits - decision.num_recompute_blocks
-    return ReadPlan(num_read_until, segments, decision.num_cached_blocks)
-
-
-def _booked(
-    prompt: Prompt,
-    plan: ReadPlan,
-    prefill: Engine,
-    decode: Engine,
-    donors: tuple[Engine, ...] = (),
-    earlier: EarlierPrompt | None = None,
-) -> Placement:
-    booking = Booking(prefill, decode, donors, plan, prompt, earlier)
-    return Placement(prompt, plan, prefill, decode, donors, booking)
 
 
 def _other_reader(failed: Transfer) -> str:

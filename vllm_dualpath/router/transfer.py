@@ -8,8 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
 
 from vllm_dualpath.config import Deadlines
 from vllm_dualpath.messages import (
@@ -31,13 +29,11 @@ from vllm_dualpath.messages import (
 from vllm_dualpath.plan import ReadPlan
 from vllm_dualpath.router.booking import Booking
 from vllm_dualpath.router.engine import Engine
+from vllm_dualpath.router.failure import PEER_LOST, Failure, State
 from vllm_dualpath.router.orders import Orders, Prompt, peer_of
 
 logger = logging.getLogger(__name__)
 
-PEER_LOST = "peer_lost"
-EVICTED = "evicted"
-"""What the plan left to the prefill engine's own cache is there no more."""
 _STALLED = "stalled while"
 _SHUN_S = 60.0
 """A donor that may have failed a request is asked for nothing so long: its heartbeats can be good
@@ -54,38 +50,6 @@ _TOTAL_FACTOR = 10.0
 """Progress of a mover may be another transfer's: after this many deadlines it counts no more."""
 
 
-class State(Enum):
-    """Where the attempt is; the order is the order of the good case."""
-
-    RESERVING_DECODE = "reserving decode slots"
-    RESERVING_PREFILL = "reserving prefill slots"
-    STAGING = "staging"
-    READY = "ready, prefill leg"
-    COMMITTED = "committed, decode leg"
-    FAILED = "failed"
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why an attempt is over, and whose fault it is where that is known."""
-
-    reason: str
-    engine_id: str
-    during: State
-
-    @property
-    def label(self) -> str:
-        """The reason as a metric's label: of a small, fixed set."""
-        own = self.reason in (PEER_LOST, EVICTED)
-        return self.reason if own else self.during.name.lower()
-
-    @property
-    def worth_another(self) -> bool:
-        """Whether another plan may do better: slots are lacking whoever reads."""
-        reserving = self.during in (State.RESERVING_DECODE, State.RESERVING_PREFILL)
-        return self.reason == PEER_LOST or not reserving
-
-
 class Transfer:
     """See the module's docstring. Everything runs in the event loop's thread."""
 
@@ -98,9 +62,11 @@ class Transfer:
         decode: Engine,
         donors: tuple[Engine, ...],
         booking: Booking,
+        divide_reads: Callable[[], ReadPlan],
         send: Send,
         deadlines: Deadlines,
     ) -> None:
+        """``divide_reads`` is asked when both sides have slots: who reads may have changed."""
         loop = asyncio.get_running_loop()
         self.key = key
         self.prompt = prompt
@@ -116,6 +82,7 @@ class Transfer:
         self.warned = False
         self.leg_sent = False
         """Whether an engine may know of this attempt."""
+        self._divide_reads = divide_reads
         self._send = send
         self._deadlines = deadlines
         self._shortest_idle_s = _IDLE_FACTOR * min(deadlines.reserve_s, deadlines.stage_s)
@@ -284,6 +251,7 @@ class Transfer:
             self._staged = True
             decode = peer_of(self.decode, self._decode_slots)
             prefill = peer_of(self.prefill, message.slots)
+            self.plan = self._divide_reads()
             orders = Orders(self.key, self.prompt, self.plan)
             self._send(self.prefill, orders.stage("prefill", decode))
             self._send(self.decode, orders.stage("decode", prefill))
