@@ -1,6 +1,7 @@
 // What a policy is asked, and what it answers.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -33,6 +34,10 @@ struct Request {
             if (prefix.engine == engine) return prefix.num_blocks;
         }
         return 0;
+    }
+    // Of its hit: what need not be read for that engine.
+    std::uint32_t cached_hit_blocks(std::uint32_t engine) const {
+        return std::min(cached_blocks(engine), num_hit_blocks);
     }
     std::int64_t room_tokens() const { return reserve_tokens > 0 ? reserve_tokens : num_tokens; }
     std::int64_t hit_tokens() const {

@@ -156,9 +156,7 @@ double Placer::prefill_load(const EngineState& engine) const {
 // What an engine saves that need not be read for it.
 double Placer::saved_work(const Request& request, std::uint32_t engine) const {
     if (!is_balanced() || !parameters_.read_past_cache) return 0;
-    const std::uint32_t num_blocks =
-        std::min(request.cached_blocks(engine), request.num_hit_blocks);
-    return parameters_.cached_token_work * num_blocks * request.block_tokens;
+    return parameters_.cached_token_work * request.cached_hit_blocks(engine) * request.block_tokens;
 }
 
 std::uint32_t Placer::choose_decode(const ClusterView& view, const Request& request) {

@@ -1,7 +1,5 @@
 #include "policy/policy.hpp"
 
-#include <algorithm>
-
 #include "policy/load_or_recompute.hpp"
 
 namespace dualpath::policy {
@@ -17,8 +15,7 @@ Decision Policy::decide(const ClusterView& view, const Request& request) {
     decision.prefill = pair.prefill;
     decision.decode = pair.decode;
     if (parameters_.read_past_cache) {
-        decision.num_cached_blocks =
-            std::min(request.cached_blocks(pair.prefill), request.num_hit_blocks);
+        decision.num_cached_blocks = request.cached_hit_blocks(pair.prefill);
     }
     const std::uint32_t first = decision.num_cached_blocks;
     // Seconds of reading and of computing are compared: both have to be known.
