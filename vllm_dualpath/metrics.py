@@ -52,7 +52,7 @@ ROUTER_PLANNED_TOKENS = Metric(
 ROUTER_DECISION_SECONDS = Metric(
     "dualpath_router_decision_seconds",
     "histogram",
-    "Time the policy took for one decision.",
+    "Time the policy took for one decision; in `split` dividing a hit is one of its own.",
     buckets=_DECISION_BUCKETS,
 )
 ROUTER_WAIT_SECONDS = Metric(

@@ -40,7 +40,8 @@ struct EngineState {
     std::int64_t num_compute_tokens = 0;     // of those, to be computed still (prefill)
     std::int64_t free_kv_tokens = kNoLimit;  // room in its KV cache (decode)
     std::int64_t free_staging_tokens = kNoLimit;
-    std::int64_t max_request_tokens = kNoLimit;  // a longer request it can never take
+    // A longer request it can never take; with its answer where that is reserved (decode).
+    std::int64_t max_request_tokens = kNoLimit;
 };
 
 // Seconds a prefill engine computes: (new tokens) / rate + attention over what lies before them.

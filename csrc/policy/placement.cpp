@@ -8,7 +8,8 @@ namespace dualpath::policy {
 namespace {
 
 bool could_take(const EngineState& engine, Role role, const Request& request) {
-    return engine.usable && engine.role == role && engine.max_request_tokens >= request.num_tokens;
+    const std::int64_t needed = role == Role::kDecode ? request.room_tokens() : request.num_tokens;
+    return engine.usable && engine.role == role && engine.max_request_tokens >= needed;
 }
 
 bool has_room(const EngineState& engine, const Request& request) {

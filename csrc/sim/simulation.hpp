@@ -47,6 +47,7 @@ class Simulation {
     void place_waiting();
     void start(std::uint32_t agent, const policy::Decision& decision);
     void reserve_prefill(std::uint32_t agent);
+    void divide_reads(Agent& agent);
     void read(std::uint32_t agent);
     void prefill(std::uint32_t agent);
     void end_prefill(std::uint32_t agent);

@@ -61,11 +61,8 @@ void Simulation::start(std::uint32_t index, const policy::Decision& decision) {
 void Simulation::reserve_prefill(std::uint32_t index) {
     Agent& agent = agents_[index];
     agent.stage = Stage::kPrefillStaging;
-    // Not later: what the prefill side reads is what it takes memory for.
-    if (dispatcher_.divides_late()) {
-        dispatcher_.divide_reads(request_of(agent), agent.decision);
-        agent.unread = agent.decision.segment_bits();
-    }
+    // Not later where what the prefill side reads is what it takes memory for.
+    if (!settings_.switches.prefill_stages_all) divide_reads(agent);
     const std::int64_t tokens =
         settings_.switches.prefill_stages_all ? agent.prompt : prefill_read_tokens(agent);
     const std::int64_t amount = tokens * settings_.kv_bytes_per_token;
@@ -76,9 +73,16 @@ void Simulation::reserve_prefill(std::uint32_t index) {
     read(index);
 }
 
+void Simulation::divide_reads(Agent& agent) {
+    if (!dispatcher_.divides_late()) return;
+    dispatcher_.divide_reads(request_of(agent), agent.decision);
+    agent.unread = agent.decision.segment_bits();
+}
+
 void Simulation::read(std::uint32_t index) {
     Agent& agent = agents_[index];
     agent.stage = Stage::kReading;
+    if (settings_.switches.prefill_stages_all) divide_reads(agent);
     if (agent.unread == 0) return prefill(index);
     const auto segments = agent.decision.segments();
     for (std::uint32_t i = 0; i < segments.size(); ++i) {

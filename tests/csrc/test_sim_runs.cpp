@@ -146,6 +146,7 @@ TEST(sim_turns_are_repeated_when_a_node_dies) {
             settings.shape.num_prefill_nodes = settings.shape.num_decode_nodes = 2;
             settings.shape.staging_bytes = 1'000'000;
             settings.decode.cache_tokens = 5'000;
+            settings.switches.prefill_stages_all = node == 0;
             const Load load(40, 8, 100, 37);
             settings.faults.push_back({FaultKind::kNodeDies, node, 1.0});
             Simulation simulation(settings, load.workload());
@@ -167,6 +168,16 @@ TEST(sim_says_when_nothing_can_go_on) {
     simulation.run();
     CHECK(simulation.recorder().counts().impossible_turns == 10);
     CHECK(simulation.recorder().counts().finished_agents == 0);
+}
+
+// A prompt fits, its answer does not: that is no reason to wait.
+TEST(sim_says_when_an_answer_fits_no_engine) {
+    Settings settings = settings_of("dual");
+    settings.decode.cache_tokens = 150;
+    const Load load(1, 1, 120, 50);
+    Simulation simulation(settings, load.workload());
+    simulation.run();
+    CHECK(simulation.recorder().counts().impossible_turns == 1);
 }
 
 // What is wrong with the settings or the workload is refused before anything runs.

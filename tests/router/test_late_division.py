@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vllm_dualpath.messages import Message, Reserve, Stage
+from vllm_dualpath.messages import Message, Reserve, Stage, TransferFailed
 from vllm_dualpath.router.engine import Engine
 
 from .cluster import BLOCK_TOKENS, Harness, pair, stored_blocks
@@ -109,6 +109,31 @@ async def test_other_engines_meanwhile(joins: bool) -> None:
         assert parts(harness) == [("p", 4), ("d", 8)]
         await harness.idle()
         assert queues(harness) == [0, 0]
+
+
+async def test_a_retry_weighs_on_its_reader_when_it_has_slots() -> None:
+    """Not before, as any other request; and it is not divided again: another reader is tried."""
+    async with pair(BLOCKS, **SPLIT) as harness:
+
+        def fail(message: Message) -> bool:
+            if isinstance(message, Stage) and message.key.attempt == 0:
+                harness.d.say(TransferFailed(message.key, "io_error"))
+                return True
+            return isinstance(message, Reserve) and message.key.attempt == 1
+
+        harness.d.script = fail
+        harness.p.script = lambda message: isinstance(message, Stage) and message.key.attempt == 0
+        request = asyncio.create_task(harness.post(body(prompt=PROMPT)))
+        await harness.until(lambda: len(harness.d.of(Reserve)) == 2)
+        assert queues(harness) == [0, 0]
+        engine(harness, "p").add_reads(100)
+        harness.d.script = lambda _message: False
+        harness.d.respond(harness.d.of(Reserve)[1])
+        await harness.until(lambda: len(harness.p.of(Stage)) == 2)
+        engine(harness, "p").add_reads(-100)
+        assert (await request)[0] == 200
+        assert [part.reader for part in harness.p.of(Stage)[1].segments] == ["p"]
+        await harness.idle()
 
 
 async def test_a_client_that_leaves_before_the_slots_come_leaves_nothing() -> None:

@@ -88,6 +88,7 @@ class _Load:
         request = self._waiting.popleft()
         started_s = time.perf_counter()
         decision = self._policy.decide(self._view, request, self._line)
+        assert decision.verdict is Verdict.PLACED
         if self._policy.divides_late:
             # The router does so when the request has its slots.
             self._policy.divide(
@@ -99,7 +100,6 @@ class _Load:
                 request.block_tokens,
             )
         took_s = time.perf_counter() - started_s
-        assert decision.verdict is Verdict.PLACED
         self._line.pop()
         self._book(request, decision, 1)
         self._open.append((request, decision))

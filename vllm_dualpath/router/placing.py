@@ -38,8 +38,8 @@ class Placement:
     decode: Engine
     donors: tuple[Engine, ...]
     booking: Booking
-    divides_late: bool = False
-    """Who reads is provisional, and weighs on nobody: see ``Placer.divide_reads``."""
+    is_retry: bool
+    """Another reader is tried: who reads is fixed."""
 
 
 class Placer:
@@ -76,9 +76,14 @@ class Placer:
 
     def divide_reads(self, placement: Placement) -> ReadPlan:
         """Who reads what, now that both sides have slots; from here on it weighs on the readers."""
+        if not self._policy.divides_late:
+            return placement.plan
+        plan = placement.plan if placement.is_retry else self._divided(placement)
+        placement.booking.add_reads(plan)
+        return plan
+
+    def _divided(self, placement: Placement) -> ReadPlan:
         plan = placement.plan
-        if not placement.divides_late:
-            return plan
         for view in self._cluster.roster.views:
             prefill = placement.prefill.index_in(view.view)
             decode = placement.decode.index_in(view.view)
@@ -86,11 +91,10 @@ class Placer:
                 continue
             first, last = plan.num_cached_blocks, plan.num_hit_blocks
             block_tokens = view.hello.geometry.block_tokens
-            parts = self._policy.divide(view.view, prefill, decode, first, last, block_tokens)
-            plan = ReadPlan(last, _segments(view, parts), first)
-            break
-        placement.booking.add_reads(plan)
-        return plan
+            with self._telemetry.decision_seconds.time():
+                parts = self._policy.divide(view.view, prefill, decode, first, last, block_tokens)
+            return ReadPlan(last, _segments(view, parts), first)
+        return plan  # one of the two serves no more
 
     def computed(self, transfer: Transfer) -> None:
         """The prefill leg has returned: both engines have the prompt, or will have it."""
@@ -127,8 +131,7 @@ class Placer:
         if use_hits:
             plan = ReadPlan(num_hits, (Segment(_other_reader(failed), 0, num_hits),))
         booking = Booking(failed.prefill, failed.decode, (), plan, failed.prompt)
-        booking.add_reads(plan)
-        return Placement(failed.prompt, plan, failed.prefill, failed.decode, (), booking)
+        return self._placed(failed.prompt, plan, booking, (), is_retry=True)
 
     def _elsewhere(
         self, token_ids: Sequence[int], cache_salt: str | None, num_releases: int, use_hits: bool
@@ -196,9 +199,8 @@ class Placer:
         earlier = self._memory.find(prompt.block_hashes)
         cached = [] if earlier is None else _cached(view, earlier, prompt.num_tokens)
         request = PlanRequest(prompt.num_tokens, num_hits, block_tokens, cached=cached)
-        started_s = time.perf_counter()
-        decision = self._policy.decide(view.view, request, line, ignore_load=ignore_load)
-        self._telemetry.decision_seconds.observe(time.perf_counter() - started_s)
+        with self._telemetry.decision_seconds.time():
+            decision = self._policy.decide(view.view, request, line, ignore_load=ignore_load)
         if decision.verdict is Verdict.IMPOSSIBLE:
             return None
         if decision.verdict is not Verdict.PLACED:
@@ -210,10 +212,21 @@ class Placer:
         segments = _segments(view, decision.segments)
         plan = ReadPlan(num_read_until, segments, decision.num_cached_blocks)
         booking = Booking(prefill, decode, donors, plan, prompt, earlier)
-        late = self._policy.divides_late
-        if not late:
+        return self._placed(prompt, plan, booking, donors, is_retry=False)
+
+    def _placed(
+        self,
+        prompt: Prompt,
+        plan: ReadPlan,
+        booking: Booking,
+        donors: tuple[Engine, ...],
+        *,
+        is_retry: bool,
+    ) -> Placement:
+        if not self._policy.divides_late:
             booking.add_reads(plan)
-        return Placement(prompt, plan, prefill, decode, donors, booking, late)
+        prefill, decode = booking.prefill.engine, booking.decode.engine
+        return Placement(prompt, plan, prefill, decode, donors, booking, is_retry)
 
     def _num_hits(self, view: GroupView, prompt: Prompt, block_tokens: int) -> int:
         """Asked anew at each attempt: while a request waited, blocks came and went."""
