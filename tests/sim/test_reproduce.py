@@ -83,6 +83,8 @@ def test_capacity_needs_a_rate() -> None:
         (["--trace", "/nonexistent"], "trace"),
         (["--agents", "0"], "agents"),
         (["--agents", "5", "--rate", "1"], "either agents"),
+        (["--agents", "5", "--short"], "--short and --page belong to --reproduce"),
+        (["--reproduce", "--sweep"], "expected one of"),
         (["--rate", "1", "--duration", "10", "--warm-up", "10"], "warm_up_s"),
         (["--prefill", "3"], "prefill_nodes"),
         (["--set", "[1]"], "--set"),

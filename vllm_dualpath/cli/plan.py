@@ -30,7 +30,10 @@ def plan(
         Path | None, typer.Option("--html", help="Write a page with plots here.")
     ] = None,
 ) -> None:
-    """Simulate every split of the nodes in every mode and say which is best, and what binds."""
+    """Simulate every split of the nodes in every mode and say which is best, and what binds.
+
+    Without --agents and --rate: 100 agents a node, at once.
+    """
     check_outputs(json_path, html_path)
     if agents is None and rate is None:
         agents = 100 * nodes

@@ -59,7 +59,11 @@ def simulate(
     ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write results here.")] = None,
 ) -> None:
-    """Simulate a cluster that serves agents, or reproduce the paper's figures."""
+    """Simulate a cluster that serves agents, or reproduce the paper's figures.
+
+    Without --agents and --rate: 500 agents at once.
+    """
+    _check_flags(reproduce_paper, sweep, capacity, short, page, heat_maps)
     check_outputs(json_path, page)
     if heat_maps is not None and not heat_maps.is_dir():
         raise ConfigError(f"--heat-maps {heat_maps}: expected a directory that is there")
@@ -91,6 +95,22 @@ def simulate(
         _run_one(config, assumptions, json_path)
 
 
+def _check_flags(
+    reproduce_paper: bool,
+    sweep: bool,
+    capacity: bool,
+    short: bool,
+    page: Path | None,
+    heat_maps: Path | None,
+) -> None:
+    if reproduce_paper + sweep + capacity > 1:
+        raise ConfigError("expected one of --reproduce, --sweep and --capacity, found more")
+    if (short or page is not None) and not reproduce_paper:
+        raise ConfigError("--short and --page belong to --reproduce, which is not there")
+    if heat_maps is not None and not sweep:
+        raise ConfigError("--heat-maps belongs to --sweep, which is not there")
+
+
 def _run_one(config: SimulationConfig, path: Path | None, json_path: Path | None) -> None:
     result = run_simulation(config, load_assumptions(path))
     write_json(json_path, result.to_json())
@@ -117,7 +137,14 @@ def _reproduce(short: bool, page: Path | None, json_path: Path | None) -> None:
     write_json(json_path, {"rows": [row.to_json() for row in rows]})
     if page is not None:
         update_page(page, rows, short)
-    Console().print(row_table(rows))
+    console = Console()
+    console.print(row_table(rows))
+    if short:
+        console.print(
+            "--short: small loads and one trace, to see that it runs; docs/reproduction.md has the "
+            "figures",
+            soft_wrap=True,
+        )
 
 
 def _sweep(assumptions: Assumptions, heat_maps: Path | None, json_path: Path | None) -> None:

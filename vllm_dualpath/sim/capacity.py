@@ -36,7 +36,9 @@ def find_capacity(
     same seed, so that modes are compared on the same agents.
     """
     if config.agents_per_s is None:
-        raise ConfigError("capacity: expected an online configuration (agents_per_s)")
+        raise ConfigError(
+            "capacity: expected an online load (agents_per_s, --rate): where the search begins"
+        )
     bounds = objectives or Objectives()
 
     def is_met(rate: float) -> bool:

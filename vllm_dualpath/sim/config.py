@@ -70,7 +70,9 @@ class SimulationConfig(_Checked):
     @model_validator(mode="after")
     def _one_load(self) -> Self:
         if (self.agents is None) == (self.agents_per_s is None):
-            raise ValueError("expected either agents (offline) or agents_per_s (online)")
+            raise ValueError(
+                "expected either agents (--agents: all at once) or agents_per_s (--rate: Poisson)"
+            )
         if self.agents_per_s is not None and self.warm_up_s >= self.duration_s:
             raise ValueError("warm_up_s must be less than duration_s: nothing would be measured")
         return self

@@ -63,6 +63,11 @@ class Plan:
         """The mode's best split: offline by JCT, online by mean TTFT among what kept up."""
         return min((cell for cell in self.cells if cell.mode == mode), key=self._merit)
 
+    @property
+    def best_of_all(self) -> Cell:
+        """The best split in the best mode."""
+        return min(self.cells, key=self._merit)
+
     def _merit(self, cell: Cell) -> tuple[float, float]:
         if self.config.agents is not None:
             return cell.result.job_s, 0.0

@@ -32,10 +32,22 @@ def plan_lines(plan: Plan) -> list[str]:
     return [
         f"P/D from {least:.2f} to {most:.2f}: the storage NICs can all be busy without a compute "
         "NIC or DRAM in their way (the paper's equation 9).",
-        "* the mode's best split. 'binds at': the resource that allows fewest turns a second, and "
-        "how many; a run stays below it because load varies.",
-        *(f"{cell.mode}: {cell.prefill_nodes}P{cell.decode_nodes}D" for cell in _best(plan)),
+        "'binds at': the resource that allows fewest turns a second, and how many; a run stays "
+        "below it because load varies.",
+        f"Best split of each mode (marked * or bold), by {_merit(plan)}: "
+        + ", ".join(f"{cell.mode} {_split(cell)}" for cell in _best(plan))
+        + ". Splits that are not there would cut a group of engines that share experts.",
+        f"Best of all: {_split(plan.best_of_all)} with {plan.best_of_all.mode}.",
     ]
+
+
+def _split(cell: Cell) -> str:
+    return f"{cell.prefill_nodes}P{cell.decode_nodes}D"
+
+
+def _merit(plan: Plan) -> str:
+    offline = plan.config.agents is not None
+    return "job completion time (JCT)" if offline else "mean time to first token (TTFT)"
 
 
 def plan_page(plan: Plan) -> str:
@@ -44,7 +56,10 @@ def plan_page(plan: Plan) -> str:
     charts = [
         *([("Job completion time, s", lambda c: c.result.job_s)] if offline else []),
         ("Mean time to first token, s", lambda c: Summary.of(c.result.first_token_s).mean),
-        ("99th percentile of it, s", lambda c: Summary.of(c.result.first_token_s).p99),
+        (
+            "99th percentile of the time to first token, s",
+            lambda c: Summary.of(c.result.first_token_s).p99,
+        ),
         ("Mean time per output token, ms", lambda c: Summary.of(c.result.per_token_s).mean * 1e3),
         ("Turns served a second", lambda c: c.turns_per_s),
     ]
@@ -67,19 +82,23 @@ _STYLE = (
 
 
 def _title(plan: Plan) -> str:
-    return f"{plan.num_nodes} nodes for {plan.config.model}"
+    return (
+        f"{plan.num_nodes} nodes for {plan.config.model}, {_load(plan)}, trace {plan.config.trace}"
+    )
+
+
+def _load(plan: Plan) -> str:
+    config = plan.config
+    if config.agents is not None:
+        return f"{config.agents} agents, all at once"
+    return f"{config.agents_per_s} new agents a second for {config.duration_s:.0f} s"
 
 
 def _question(plan: Plan) -> str:
     config = plan.config
-    load = (
-        f"{config.agents} agents, all at once"
-        if config.agents is not None
-        else f"{config.agents_per_s} new agents a second for {config.duration_s:.0f} s"
-    )
     return (
         f"How to split {plan.num_nodes} nodes into prefill (P) and decode (D) nodes, simulated for "
-        f"{load}, on trace {config.trace}, {config.tool_time_s:g} s between turns. "
+        f"{_load(plan)}, on trace {config.trace}, {config.tool_time_s:g} s between turns. "
         "Each mode says who reads stored KV: prefill_only the prefill node, dual one of the two "
         "sides, split both, pool any node."
     )

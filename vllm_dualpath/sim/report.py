@@ -13,7 +13,11 @@ from vllm_dualpath.sim.sweep import METRICS, SweepCell
 def result_table(result: SimulationResult) -> Table:
     """Latencies of one run, and how its storage NICs were used."""
     config = result.config
-    title = f"{config.model} {config.prefill_nodes}P{config.decode_nodes}D, {config.mode}"
+    load = f"{config.agents} agents" if config.agents else f"{config.agents_per_s} agents a second"
+    title = (
+        f"{config.model} {config.prefill_nodes}P{config.decode_nodes}D, {config.mode}: {load}, "
+        f"trace {config.trace}, seed {config.seed}"
+    )
     table = Table(title=title, title_justify="left")
     table.add_column("simulated")
     for column in ("mean", "p50", "p99", "values"):

@@ -12,7 +12,8 @@ from vllm_dualpath.bench.profiling.run import Measured, measure_profile
 from vllm_dualpath.profile import FittedCurve
 
 POOR_ERROR = 0.25
-"""Median error of a curve that should not be used."""
+POOR_R2 = 0.8
+"""Median error and least R² of a curve that should not be used."""
 
 
 def profile_with_progress(
@@ -52,11 +53,13 @@ def profile_table(measured: Measured) -> Table:
 
 def fit_warning(measured: Measured) -> str | None:
     """A sentence for curves that predict badly: a quota filled by them would be any length."""
-    worst = max(measured.profile.attention.median_error, measured.profile.step.median_error)
-    if worst <= POOR_ERROR:
+    curves = (measured.profile.attention, measured.profile.step)
+    worst, r2 = max(curve.median_error for curve in curves), min(curve.r2 for curve in curves)
+    if worst <= POOR_ERROR and r2 >= POOR_R2:
         return None
     return (
-        f"the curves are poor: half of all steps are off by more than {100 * worst:.0f} %; measure"
+        f"the curves are poor: half of all steps are off by more than {100 * worst:.0f} %, R² is"
+        f" {r2:.2f} (expected at most {100 * POOR_ERROR:.0f} % and at least {POOR_R2:g}); measure"
         " on an idle machine, for more --seconds, with the model length that is served"
     )
 
