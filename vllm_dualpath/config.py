@@ -36,7 +36,7 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-_ModelT = TypeVar("_ModelT", bound=_Frozen)
+_ModelT = TypeVar("_ModelT", bound=BaseModel)
 
 
 class Deadlines(_Frozen):
@@ -268,12 +268,12 @@ class RouterConfig(_Frozen):
 
 def parse_engine_config(values: Mapping[str, Any]) -> EngineConfig:
     """Parse ``kv_connector_extra_config``. Raises ``ConfigError`` naming every bad key at once."""
-    return _parse(EngineConfig, values, "kv_connector_extra_config")
+    return parse(EngineConfig, values, "kv_connector_extra_config")
 
 
 def parse_router_config(values: Mapping[str, Any]) -> RouterConfig:
     """Parse the router's flags. Raises ``ConfigError`` naming every bad flag at once."""
-    return _parse(RouterConfig, values, "router")
+    return parse(RouterConfig, values, "router")
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,7 +356,8 @@ def require_security(endpoint: str | None, keys: Path | None, insecure: bool, ke
         )
 
 
-def _parse(model: type[_ModelT], values: Mapping[str, Any], where: str) -> _ModelT:
+def parse(model: type[_ModelT], values: Mapping[str, Any], where: str) -> _ModelT:
+    """A checked ``model``. Raises ``ConfigError`` naming every bad key at once."""
     try:
         return model.model_validate(dict(values))
     except ValidationError as exc:

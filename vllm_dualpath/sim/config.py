@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from vllm_dualpath.errors import ConfigError
+from vllm_dualpath.config import parse
 
 Mode = Literal["basic", "prefill_only", "dual", "split", "pool", "oracle"]
 
@@ -31,6 +31,9 @@ class StorageSlows(_Checked):
     at_s: float = Field(ge=0, description="when it becomes slow")
     factor: float = Field(gt=0, le=1, description="its rate, of the nominal one")
     until_s: float = Field(gt=0, description="when it has recovered")
+
+
+Fault = Annotated[NodeDies | StorageSlows, Field(discriminator="kind")]
 
 
 class SimulationConfig(_Checked):
@@ -65,7 +68,7 @@ class SimulationConfig(_Checked):
     )
     storage_scale: float = Field(1.0, gt=0, description="factor on every storage NIC's rate")
     compute_scale: float = Field(1.0, gt=0, description="factor on every engine's seconds")
-    faults: tuple[NodeDies | StorageSlows, ...] = Field((), description="what breaks, and when")
+    faults: tuple[Fault, ...] = Field((), description="what breaks, and when")
 
     @model_validator(mode="after")
     def _one_load(self) -> Self:
@@ -80,11 +83,4 @@ class SimulationConfig(_Checked):
 
 def make_config(**choices: object) -> SimulationConfig:
     """A checked configuration. Raises ConfigError with every wrong key."""
-    try:
-        return SimulationConfig.model_validate(choices)
-    except ValidationError as exc:
-        wrong = "; ".join(
-            f"{'.'.join(str(part) for part in error['loc']) or 'simulation'}: {error['msg']}"
-            for error in exc.errors()
-        )
-        raise ConfigError(f"simulation: {wrong}") from exc
+    return parse(SimulationConfig, choices, "simulation")
