@@ -119,7 +119,6 @@ def test_the_routers_defaults_are_loopback_and_dual() -> None:
         ({"mode": "fastest"}, "mode"),
         ({"max_readers": 17}, "max_readers"),
         ({"split_fraction": 1.5}, "split_fraction"),
-        ({"split_fraction": 0.5, "mode": "dual"}, "needs mode split, found dual"),
         ({"control": "tcp://0.0.0.0:9100"}, "not loopback"),
         ({"control": "ipc:///x"}, "expected tcp://host:port"),
         ({"max_body_bytes": 0}, "max_body_bytes"),

@@ -260,8 +260,6 @@ class RouterConfig(_Frozen):
     def _consistent(self) -> RouterConfig:
         if self.recompute and self.prefill_tokens_per_s is None and self.profile is None:
             raise ValueError("recompute needs prefill_tokens_per_s or a profile")
-        if self.split_fraction is not None and self.mode != "split":
-            raise ValueError(f"split_fraction needs mode split, found {self.mode}")
         require_security(self.control, self.keys, self.insecure, "control")
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 
 import msgspec
 import pytest
@@ -123,6 +124,22 @@ def test_unreachable_peer(cluster: Cluster) -> None:
     failed = router.expect(cluster.prefill, TransferFailed)
     assert (failed.key, failed.reason) == (run.transfer.key, "peer_lost")
     run.end(drain=False)
+    run.assert_ended()
+
+
+def test_a_peer_that_asks_is_answered_where_it_says(cluster: Cluster) -> None:
+    """Whatever the plan said of it: it asks while the other side's part is still open."""
+    run = Run(cluster)
+    run.reserved()
+    router, decode = cluster.router, cluster.decode
+    nonsense = msgspec.structs.replace(
+        decode.peer(run.transfer.decode_slots), address=b"nonsense", boot_id=bytes(16)
+    )
+    run.transfer.stage_at(cluster.prefill, 3, 3, peer=nonsense)
+    router.expect(cluster.prefill, TransferFailed)
+    run.transfer.end(decode, drain=False)
+    time.sleep(0.5)  # it asks by a notice, which nothing here can see
+    run.transfer.end(cluster.prefill, drain=False)
     run.assert_ended()
 
 

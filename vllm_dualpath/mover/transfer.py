@@ -48,6 +48,8 @@ class Transfer(Part):
         self._open_stores = 0
         self._drain = False
         self._told_peer = False
+        self._asked_by: Peer | None = None
+        """The peer as it named itself when it asked for our proof."""
         self._writes_ambiguous = False
         """A put failed under way: nothing we say now proves that its bytes do not arrive later."""
         self._stopped: set[bytes] = set()
@@ -140,8 +142,9 @@ class Transfer(Part):
         self._advance()
 
     def on_stop_query(self, contact: Peer) -> None:
-        # The peer's asking is its own proof.
+        # The peer's asking is its own proof, and it says itself how to reach it.
         self.peer = self.peer if self._stage is not None else contact
+        self._asked_by = contact
         self._stopped.add(self.peer.boot_id)
         self._told_peer = False
         self._advance()
@@ -340,13 +343,14 @@ class Transfer(Part):
         if self._told_peer or self._writes_ambiguous:
             return
         self._told_peer = True
+        peer = self._asked_by or self.peer
         if self._uncertain and self.peer.boot_id not in self._stopped:
             notice: WriterStopped | StopQuery = StopQuery(
                 self.key, self.peer.boot_id, self._ports.contact
             )
         else:
-            notice = WriterStopped(self.key, self.peer.boot_id, self._ports.boot_id)
-        self._ports.peers.notify(self.peer, notice)
+            notice = WriterStopped(self.key, peer.boot_id, self._ports.boot_id)
+        self._ports.peers.notify(peer, notice)
 
     def _ask_donors(self) -> None:
         """Let those stop, and say so, who may still write.
