@@ -112,32 +112,30 @@ def test_peer_that_left(cluster: Cluster) -> None:
     again.assert_ended()
 
 
-def test_unreachable_peer(cluster: Cluster) -> None:
-    """A peer whose address makes no sense fails the transfer that names it, nothing else."""
+def staged_with_nonsense(cluster: Cluster) -> Run:
+    """A transfer whose plan gives the prefill side a peer at an address that makes no sense."""
     run = Run(cluster)
     run.reserved()
-    router, decode = cluster.router, cluster.decode
     nonsense = msgspec.structs.replace(
-        decode.peer(run.transfer.decode_slots), address=b"nonsense", boot_id=bytes(16)
+        cluster.decode.peer(run.transfer.decode_slots), address=b"nonsense", boot_id=bytes(16)
     )
     run.transfer.stage_at(cluster.prefill, 3, 3, peer=nonsense)
-    failed = router.expect(cluster.prefill, TransferFailed)
+    failed = cluster.router.expect(cluster.prefill, TransferFailed)
     assert (failed.key, failed.reason) == (run.transfer.key, "peer_lost")
+    return run
+
+
+def test_unreachable_peer(cluster: Cluster) -> None:
+    """A peer whose address makes no sense fails the transfer that names it, nothing else."""
+    run = staged_with_nonsense(cluster)
     run.end(drain=False)
     run.assert_ended()
 
 
 def test_a_peer_that_asks_is_answered_where_it_says(cluster: Cluster) -> None:
     """Whatever the plan said of it: it asks while the other side's part is still open."""
-    run = Run(cluster)
-    run.reserved()
-    router, decode = cluster.router, cluster.decode
-    nonsense = msgspec.structs.replace(
-        decode.peer(run.transfer.decode_slots), address=b"nonsense", boot_id=bytes(16)
-    )
-    run.transfer.stage_at(cluster.prefill, 3, 3, peer=nonsense)
-    router.expect(cluster.prefill, TransferFailed)
-    run.transfer.end(decode, drain=False)
+    run = staged_with_nonsense(cluster)
+    run.transfer.end(cluster.decode, drain=False)
     time.sleep(0.5)  # it asks by a notice, which nothing here can see
     run.transfer.end(cluster.prefill, drain=False)
     run.assert_ended()

@@ -27,8 +27,7 @@ from vllm_dualpath.bench.router.run import full_plan as full_router_plan
 from vllm_dualpath.bench.router.run import short_plan as short_router_plan
 from vllm_dualpath.cli import bench_cluster
 from vllm_dualpath.cli.output import check_outputs, write_json
-from vllm_dualpath.errors import ConfigError
-from vllm_dualpath.policy import MODES
+from vllm_dualpath.policy import make_policy
 
 app = typer.Typer(help="Measure a server, or the data mover on this machine.", no_args_is_help=True)
 app.command("cluster")(bench_cluster.cluster)
@@ -168,8 +167,7 @@ def router(
     """
     check_outputs(json_path)
     plan = short_router_plan if short else full_router_plan
-    if mode not in MODES:
-        raise ConfigError(f"--mode: expected one of {', '.join(MODES)}, found {mode!r}")
+    make_policy(mode)  # refuses a mode that is none, before anything is started
     measured = measure_router(plan(mode, transfer_all, vllm_router_path, pin), Console(stderr=True))
     record = make_router_record(measured)
     write_json(json_path, record)
